@@ -1,0 +1,212 @@
+"""The one torch reference of each op: the CPU path, the oracle of the tests and the baseline of the benchmarks.
+
+Shapes use `n` for rows (tokens of all sequences, one after another), `dim` for features, `hq` and `hkv` for query and
+KV heads, `d` for the head dimension and `t` for the keys of one sequence. Every op works row by row: what a row gets
+does not depend on how many rows stand beside it, provided that the number of torch threads is a power of two (an
+element-wise op splits its input by threads, and only the end of a split that is no multiple of the vector width takes
+the scalar form of `exp`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "attention",
+    "embedding",
+    "linear",
+    "linear_int8",
+    "philox",
+    "quantize_int8",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "sample",
+    "swiglu",
+    "uniform",
+]
+
+INT8_MAX = 127
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` [vocab, dim] for `tokens` [n] (int64) -> [n, dim]."""
+    return F.embedding(tokens, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32 (Zhang and Sennrich, 2019). [n, dim] -> [n, dim]."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def rope_table(positions: int, d: int, theta: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, d] of the half-split pairing: feature i turns with feature i + d/2 by pos * theta^(-2i/d).
+
+    The angles are computed in fp32 from fp32 frequencies, as transformers does. Source: Su et al., 2021 (RoFormer).
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), inverse)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [n, heads, d] by cos, sin [n, d] of its rows' positions; half-split pairing. -> [n, heads, d]."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Causal grouped-query attention of one sequence's last n tokens over its first t.
+
+    q [n, hq, d]; k, v [hkv, t, d] with t >= n, the queries standing at positions t-n .. t-1; each sees itself and what
+    comes before, the last `window` positions of it where a window is given. Scores are scaled by d^-1/2. -> [n, hq, d].
+    """
+    n, hq, d = q.shape
+    hkv, t, _ = k.shape
+    group = hq // hkv
+    if n == 1:
+        if window is not None and t > window:
+            k, v = k[:, t - window :], v[:, t - window :]
+        out = F.scaled_dot_product_attention(q.view(1, hkv, group, d), k[None], v[None])
+        return out.view(1, hq, d)
+    mask = None
+    if t > n or (window is not None and t > window):
+        rows = torch.arange(t - n, t, device=q.device)[:, None]
+        columns = torch.arange(t, device=q.device)[None]
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
+    k, v = (x.repeat_interleave(group, dim=0)[None] for x in (k, v))
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None)
+    return out[0].transpose(0, 1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of a packed [n, 2 * hidden] with the gate first -> [n, hidden] (Shazeer, 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, in] @ weight [out, in]^T -> [n, out]."""
+    return F.linear(x, weight)
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale a row: x [rows, in] -> (int8 [rows, in], fp32 [rows]), x ~ values * scale[:, None]."""
+    scale = _largest(x).mul_(1 / INT8_MAX)
+    return (x / scale).round_().to(torch.int8), scale[:, 0]
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [n, in] @ (weight * scale[:, None])^T for fp32 x, int8 weight [out, in] and fp32 scale [out] -> fp32 [n, out].
+
+    Each row of x is quantised to 16 bits by its own scale and split into two int8 halves, x ~ (255 * high + low) * s
+    with s a 32512th of the row's largest magnitude (both halves stay within 127, since 255 is odd). The products of
+    the halves are summed in int32, so a row's result does not depend on how many rows stand beside it. Against fp64
+    the quantised x costs about 3e-5 of the result; one int8 half alone would cost 7e-3. `in` is at least 2:
+    `torch._int_mm` misreads a transposed matrix of one column.
+    """
+    step = _largest(x).mul_(1 / (255 * INT8_MAX + INT8_MAX))
+    values = torch.div(x, step).round_()
+    high = torch.mul(values, 1 / 255).round_()
+    low = torch.sub(values, high, alpha=255).to(torch.int8)
+    high = high.to(torch.int8)
+    # two products of one row are up to 1.5 times faster than one of two rows
+    if len(x) == 1:
+        highs, lows = torch._int_mm(high, weight.t()), torch._int_mm(low, weight.t())
+    else:
+        highs, lows = torch._int_mm(torch.cat((high, low)), weight.t()).chunk(2)
+    return highs.float().mul_(255).add_(lows).mul_(step).mul_(scale)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, [rows, 1], kept off zero."""
+    return torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_min_(1e-12)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    draw: float,
+    seen: Tensor | None = None,
+    counts: Tensor | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+) -> int:
+    """The next token of one sequence from `logits` [vocab], and a uniform `draw` in [0, 1).
+
+    In this order: repetition penalty over `seen` [vocab] bool (Keskar et al., 2019, as in transformers: positive scores
+    are divided, negative ones multiplied); frequency and presence penalties by `counts` [vocab], the times a token was
+    written (OpenAI's definition); temperature, 0 being the lowest id of the largest score; `top_k` (0 keeps all; scores
+    equal to the k-th stay); `top_p` (the smallest set of likeliest tokens whose mass reaches it, at least one; Holtzman
+    et al., 2019); then the inverse of the cumulative distribution, likeliest token first where a filter is on.
+    """
+    scores = logits.float()
+    if seen is not None and repetition_penalty not in (0.0, 1.0):
+        penalized = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
+        scores = torch.where(seen, penalized, scores)
+    if counts is not None and (frequency_penalty or presence_penalty):
+        scores = scores - frequency_penalty * counts - presence_penalty * (counts > 0)
+    if temperature == 0:
+        return int(scores.argmax())
+    weights = ((scores - scores.max()) / temperature).exp()
+    if top_k == 0 and top_p >= 1:
+        return _draw(weights, draw)
+    return _draw_filtered(weights, top_k, top_p, draw)
+
+
+def _draw(weights: Tensor, draw: float) -> int:
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    index = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
+    return min(index, len(cumulative) - 1)
+
+
+def _draw_filtered(weights: Tensor, top_k: int, top_p: float, draw: float) -> int:
+    """Draw by `weights` [vocab] among the likeliest; sorts only as much of the vocabulary as the filters can keep."""
+    vocab = weights.shape[-1]
+    # 256 candidates hold the nucleus of nearly every step, and topk is about 8 times faster than a full sort
+    size = min(vocab, max(256, 2 * top_k))
+    while True:
+        head, ids = weights.topk(size)
+        if top_k:
+            head = head.masked_fill(head < head[min(top_k, vocab) - 1], 0.0)
+        total = head.sum(dtype=torch.float64) if top_k else weights.sum(dtype=torch.float64)
+        before = head.cumsum(dim=-1, dtype=torch.float64) - head
+        keep = (before < top_p * total) & (head > 0)
+        if size == vocab or not keep[-1]:
+            break
+        size = min(vocab, size * 8)
+    keep[0] = True
+    return int(ids[_draw(head * keep, draw)])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A uniform number in [0, 1) keyed by (seed, position): Philox's first word over 2^32.
+
+    The seed's low and high 32 bits are the key, the position's are the counter's first two words.
+    """
+    low = 0xFFFFFFFF
+    counter = (position & low, position >> 32 & low, 0, 0)
+    return math.ldexp(philox(counter, (seed & low, seed >> 32 & low))[0], -32)
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al., 2011): four words of 32 bits from a counter and a key."""
+    low = 0xFFFFFFFF
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & low, (p0 >> 32) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3

@@ -1,0 +1,109 @@
+"""The shape of a model, read from `config.json` (Hugging Face) or `params.json` (Mistral)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_nb.errors import ModelError
+
+__all__ = ["ModelArgs"]
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelArgs:
+    """Sizes of a Llama-family transformer, in Mistral's own names. `sliding_window` in tokens; None: full attention."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    context: int
+    sliding_window: int | None = None
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "context")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ModelError(f"the model's {name} is {value!r}; its config must give a positive whole number")
+        if self.n_heads % self.n_kv_heads:
+            raise ModelError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly")
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim {self.head_dim} is odd; RoPE needs pairs")
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelArgs:
+        """From a checkpoint folder; `ModelError` names the file and what is wrong in it."""
+        for name, read in (("config.json", cls.from_config), ("params.json", cls.from_params)):
+            path = folder / name
+            if not path.is_file():
+                continue
+            try:
+                return read(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, UnicodeDecodeError) as error:
+                raise ModelError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
+            except KeyError as error:
+                raise ModelError(f"{path} lacks {error}; fetch the checkpoint again") from error
+        raise ModelError(f"{folder} holds neither config.json nor params.json; give a checkpoint folder")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelArgs:
+        """From Hugging Face's `config.json`. What this engine would compute wrongly is refused by name."""
+        architectures = config.get("architectures") or ["nothing"]
+        if architectures[0] not in ARCHITECTURES:
+            raise ModelError(f"the architecture is {architectures[0]}; supported are {' and '.join(ARCHITECTURES)}")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = {
+            "rope scaling": None if kind == "default" else kind,
+            "hidden_act": None if config.get("hidden_act", "silu") == "silu" else config["hidden_act"],
+            "attention_bias": config.get("attention_bias") or None,
+            "mlp_bias": config.get("mlp_bias") or None,
+        }
+        for name, value in unsupported.items():
+            if value is not None:
+                raise ModelError(f"the model uses {name} {value!r}, which this engine does not apply")
+        dim, n_heads = config["hidden_size"], config["num_attention_heads"]
+        return cls(
+            dim=dim,
+            n_layers=config["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=config.get("num_key_value_heads") or n_heads,
+            head_dim=config.get("head_dim") or dim // n_heads,
+            hidden_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            context=config["max_position_embeddings"],
+            sliding_window=config.get("sliding_window"),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
+        """From Mistral's own `params.json`, which does not name the context: 32768 tokens unless it says otherwise."""
+        return cls(
+            dim=params["dim"],
+            n_layers=params["n_layers"],
+            n_heads=params["n_heads"],
+            n_kv_heads=params["n_kv_heads"],
+            head_dim=params["head_dim"],
+            hidden_dim=params["hidden_dim"],
+            vocab_size=params["vocab_size"],
+            norm_eps=params["norm_eps"],
+            rope_theta=float(params.get("rope_theta") or 10_000.0),
+            context=params.get("max_seq_len") or 32_768,
+            sliding_window=params.get("sliding_window"),
+        )

@@ -1,0 +1,201 @@
+"""The transformer against transformers' own: the embedded model whole, and tiny random ones of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+
+from mistral_nb.engine.args import ModelArgs
+from mistral_nb.engine.model import Span, Transformer
+from mistral_nb.engine.weights import load_weights
+from mistral_nb.errors import ModelError
+
+CPU = torch.device("cpu")
+PROMPT = list(range(300, 340))
+
+
+def transformer(folder: Path, precision: str = "fp32") -> Transformer:
+    args = ModelArgs.from_folder(folder)
+    return Transformer(args, load_weights(folder, args, precision, CPU))
+
+
+def all_logits(model: Transformer, tokens: list[int]) -> Tensor:
+    return model.forward([Span(tokens, model.new_cache(len(tokens)))], every_row=True)
+
+
+def oracle_logits(oracle: PreTrainedModel, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        return oracle(torch.tensor([tokens])).logits[0]
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def model(embedded: Path) -> Transformer:
+    return transformer(embedded)
+
+
+@pytest.fixture(scope="module")
+def oracle(embedded: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
+
+
+def test_embedded_logits(model: Transformer, oracle: PreTrainedModel) -> None:
+    assert relative(all_logits(model, PROMPT), oracle_logits(oracle, PROMPT)) < 1e-5
+
+
+def test_prefill_then_decode_is_one_forward(model: Transformer) -> None:
+    """Also in chunks that start in the middle of what is cached."""
+    whole = all_logits(model, PROMPT)
+    cache = model.new_cache(len(PROMPT))
+    rows = [
+        model.forward([Span(PROMPT[:20], cache)], every_row=True),
+        model.forward([Span(PROMPT[20:30], cache)], True),
+    ]
+    rows += [model.forward([Span([token], cache)]) for token in PROMPT[30:]]
+    assert relative(torch.cat(rows), whole) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_several_sequences_in_one_forward(model: Transformer, embedded: Path, precision: str) -> None:
+    model = model if precision == "fp32" else transformer(embedded, precision)
+    prompts = [PROMPT, PROMPT[5:12], [17], PROMPT[::-1]]
+    caches = [model.new_cache(50) for _ in prompts]
+    together = model.forward([Span(p, c) for p, c in zip(prompts, caches, strict=True)])
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = model.forward([Span(prompt, model.new_cache(50))])[0]
+        if precision == "int8":
+            assert torch.equal(row, alone)
+        else:
+            assert relative(row, alone) < 1e-5
+
+
+def test_int8_stays_close_to_fp32(model: Transformer, embedded: Path) -> None:
+    """Perplexity on the licence's text, a fixed public text that comes with the model."""
+    from tokenizers import Tokenizer
+
+    text = (embedded / "LICENSE").read_text(encoding="utf-8")
+    tokens = Tokenizer.from_file(str(embedded / "tokenizer.json")).encode(text).ids[:700]
+
+    def perplexity(logits: Tensor) -> float:
+        scores = logits[:-1].log_softmax(-1)
+        return float(scores[range(len(tokens) - 1), tokens[1:]].mean().neg().exp())
+
+    exact, quantised = (perplexity(all_logits(m, tokens)) for m in (model, transformer(embedded, "int8")))
+    assert quantised < exact * 1.02
+
+
+CONFIGS = {
+    "mistral": MistralConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, sliding_window=None, rope_theta=1e6,
+    ),
+    "mistral with a window": MistralConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, sliding_window=7,
+    ),
+    "mistral with a wide head": MistralConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=256, sliding_window=None,
+    ),
+    "llama, tied": LlamaConfig(
+        vocab_size=500, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, rms_norm_eps=1e-5,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGS)
+def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    torch.manual_seed(1)
+    config = CONFIGS[request.param]
+    cls = MistralForCausalLM if isinstance(config, MistralConfig) else LlamaForCausalLM
+    oracle = cls(config).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    oracle.save_pretrained(tmp_path)
+    return tmp_path, oracle
+
+
+@pytest.mark.parametrize("split", [20, 1, 19])
+def test_tiny_models(tiny: tuple[Path, PreTrainedModel], split: int) -> None:
+    """Logits of a prefill up to `split` and decoding from there, past the window where there is one."""
+    folder, oracle = tiny
+    model = transformer(folder)
+    tokens = torch.randint(0, 500, (30,)).tolist()
+    cache = model.new_cache(len(tokens))
+    rows = [model.forward([Span(tokens[:split], cache)], every_row=True)]
+    rows += [model.forward([Span([token], cache)]) for token in tokens[split:]]
+    assert relative(torch.cat(rows), oracle_logits(oracle, tokens)) < 1e-5
+
+
+def test_shards_and_reduced_precision(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    oracle = MistralForCausalLM(CONFIGS["mistral"]).eval()
+    oracle.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    tokens = list(range(10, 40))
+    expected = oracle_logits(oracle, tokens)
+    assert relative(all_logits(transformer(tmp_path), tokens), expected) < 1e-5
+    assert relative(all_logits(transformer(tmp_path, "bf16"), tokens), expected) < 0.05
+    assert relative(all_logits(transformer(tmp_path, "int8"), tokens), expected) < 0.05
+
+
+def save_tiny(folder: Path) -> None:
+    torch.manual_seed(1)
+    MistralForCausalLM(CONFIGS["mistral"]).save_pretrained(folder)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, name: str, tensor: Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, folder / "model.safetensors")
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    "config.json": lambda f: (f / "config.json").unlink(),
+    "not valid JSON": lambda f: (f / "config.json").write_text("{"),
+    "hidden_size": lambda f: (f / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}'),
+    "GPT2LMHeadModel": lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
+    "rope scaling 'yarn'": lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "hidden_act 'gelu'": lambda f: edit_config(f, hidden_act="gelu"),
+    "attention_bias": lambda f: edit_config(f, attention_bias=True),
+    "share 3 KV heads": lambda f: edit_config(f, num_key_value_heads=3),
+    "holds no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
+    "cannot be read": lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 9),
+    f"lacks the tensor {NORM}": lambda f: edit_tensors(f, NORM, None),
+    f"tensor {NORM} is \\[63\\]": lambda f: edit_tensors(f, NORM, torch.ones(63)),
+    f"tensor {NORM} is torch.int8": lambda f: edit_tensors(f, NORM, torch.ones(64, dtype=torch.int8)),
+    "points outside its folder": lambda f: (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../x.safetensors"}}'
+    ),
+    "lacks the shard b.safetensors": lambda f: (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "b.safetensors"}}'
+    ),
+    "not a valid index": lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_checkpoint_is_refused_by_name(message: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    BROKEN[message](tmp_path)
+    with pytest.raises(ModelError, match=message):
+        transformer(tmp_path)
