@@ -243,7 +243,8 @@ def _number(field: Field, value: Any) -> int | float:
         raise InvalidRequest(field.name, value, f"must be {kind} from {field.bounds}")
     if whole and value != int(value):
         raise InvalidRequest(field.name, value, f"must be {kind} from {field.bounds}")
-    assert field.minimum is not None and field.maximum is not None
+    assert field.minimum is not None
+    assert field.maximum is not None
     if not field.minimum <= value <= field.maximum:
         raise InvalidRequest(field.name, value, f"must be {kind} from {field.bounds}")
     return int(value) if whole else float(value)

@@ -1,4 +1,4 @@
-"""The shape of a model, read from `config.json` (Hugging Face) or `params.json` (Mistral)."""
+"""The shape of a model, read from a checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -46,17 +46,15 @@ class ModelArgs:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelArgs:
         """From a checkpoint folder; `ModelError` names the file and what is wrong in it."""
-        for name, read in (("config.json", cls.from_config), ("params.json", cls.from_params)):
-            path = folder / name
-            if not path.is_file():
-                continue
-            try:
-                return read(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, UnicodeDecodeError) as error:
-                raise ModelError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
-            except KeyError as error:
-                raise ModelError(f"{path} lacks {error}; fetch the checkpoint again") from error
-        raise ModelError(f"{folder} holds neither config.json nor params.json; give a checkpoint folder")
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ModelError(f"{folder} holds no config.json; give a Hugging Face checkpoint folder")
+        try:
+            return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
+        except KeyError as error:
+            raise ModelError(f"{path} lacks {error}; fetch the checkpoint again") from error
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelArgs:
@@ -89,21 +87,4 @@ class ModelArgs:
             context=config["max_position_embeddings"],
             sliding_window=config.get("sliding_window"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-
-    @classmethod
-    def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
-        """From Mistral's own `params.json`, which does not name the context: 32768 tokens unless it says otherwise."""
-        return cls(
-            dim=params["dim"],
-            n_layers=params["n_layers"],
-            n_heads=params["n_heads"],
-            n_kv_heads=params["n_kv_heads"],
-            head_dim=params["head_dim"],
-            hidden_dim=params["hidden_dim"],
-            vocab_size=params["vocab_size"],
-            norm_eps=params["norm_eps"],
-            rope_theta=float(params.get("rope_theta") or 10_000.0),
-            context=params.get("max_seq_len") or 32_768,
-            sliding_window=params.get("sliding_window"),
         )

@@ -130,9 +130,7 @@ class Engine:
         generation = Generation(ids, sampler, min(max_tokens, room), stop_ids, on_token, self._notify)
         with self._wake:
             if self._closing or self._failure:
-                raise EngineError(
-                    f"the engine has ended{': ' + self._failure if self._failure else ''}; start it again"
-                )
+                raise EngineError(f"the engine has ended ({self._failure or 'closed'}); start it again")
             self._scheduler.submit(generation)
             self._wake.notify()
         return generation

@@ -20,7 +20,7 @@ class KVCache:
         self._data = torch.empty(shape, dtype=dtype, device=device)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v [n, n_kv_heads, head_dim] behind what is there; returns all keys and values so far, [n_kv_heads, t, d].
+        """Put k, v [n, n_kv_heads, head_dim] behind what is there; returns all so far, [n_kv_heads, t, head_dim].
 
         `length` moves on with `advance`, once every layer has written.
         """
