@@ -1,0 +1,176 @@
+"""Text to token ids and back, with the chat format of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mistral_nb.engine.chat_template import JinjaTemplate, any_of, split_at
+from mistral_nb.engine.detokenizer import Detokenizer
+from mistral_nb.engine.mistral_format import BEGIN_INST, BOS, EOS, Control, MistralFormat, Part
+from mistral_nb.engine.vocabulary import JsonVocabulary, SentencePieceVocabulary, Vocabulary, read_json
+from mistral_nb.errors import InvalidRequest, ModelError
+from mistral_nb.types import Function, Message
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_UNKNOWN = "<unk>"
+
+
+class ChatFormat(Protocol):
+    """How a conversation becomes the parts of a prompt."""
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]: ...
+
+    def render(self, parts: Sequence[Part]) -> str: ...
+
+
+class Tokenizer:
+    """Encodes prompts and decodes answers for one checkpoint.
+
+    `chat` is None for a checkpoint without a chat template. `bos_id` is put before raw prompts, None where the
+    checkpoint has no such token; any of `eos_ids` ends an answer.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, chat: ChatFormat | None, *, begins_with: str | None, eos_ids: frozenset[int]
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._chat = chat
+        self._bos = begins_with
+        self._raw_controls = set(vocabulary.controls) - {_UNKNOWN}
+        self._raw_control = any_of(self._raw_controls)
+        self.vocab_size = vocabulary.size
+        self.bos_id = None if begins_with is None else vocabulary.controls[begins_with]
+        self.eos_ids = eos_ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of `text`, in which nothing is a control token, without BOS."""
+        return self._encode([text])
+
+    def encode_raw(self, text: str) -> list[int]:
+        """The ids of a raw prompt: a control token's text is that token, as in the chat template.
+
+        BOS comes first where the checkpoint has one, whether the text begins with it or not. With SentencePiece, one
+        space after a control token is the one that each part begins with: `[INST] Hi` and `[INST]Hi` are the same.
+        """
+        if self._bos is not None and text.lstrip().startswith(self._bos):
+            text = text.lstrip()
+        parts = split_at(self._raw_control, text, self._raw_controls)
+        if self._vocabulary.per_part:
+            parts[1:] = [part.removeprefix(" ") if isinstance(part, str) else part for part in parts[1:]]
+        if self._bos is not None and parts[:1] != [Control(self._bos)]:
+            parts.insert(0, Control(self._bos))
+        return self._encode(parts)
+
+    def encode_chat(self, messages: Sequence[Message], functions: Sequence[Function] | None = None) -> list[int]:
+        """The ids of a conversation up to where the answer begins. `InvalidRequest` names the turn that is wrong."""
+        return self._encode(self._parts(messages, functions))
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation in readable form, its control tokens shown."""
+        chat = self._chat_format()
+        return chat.render(chat.parts(messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer; control tokens have none."""
+        stream = self.stream()
+        return "".join([*(stream.push(token) for token in ids), stream.flush()])
+
+    def stream(self) -> Detokenizer:
+        """A detokenizer for one answer."""
+        vocabulary = self._vocabulary
+        return Detokenizer(vocabulary.piece, errors=vocabulary.errors, drop_space=vocabulary.drop_space)
+
+    def _parts(self, messages: Sequence[Message], functions: Sequence[Function] | None) -> list[Part]:
+        if functions:
+            names = [function.name for function in functions]
+            raise InvalidRequest("functions", names, "this model's chat template takes none; leave them out")
+        return self._chat_format().parts(messages)
+
+    def _chat_format(self) -> ChatFormat:
+        if self._chat is None:
+            raise InvalidRequest("messages", "a chat", "this checkpoint has no chat template; send a raw prompt")
+        return self._chat
+
+    def _encode(self, parts: Sequence[Part]) -> list[int]:
+        try:
+            return self._vocabulary.encode(parts)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "prompt", error.object[error.start], "is half of a character (a lone surrogate); remove it"
+            ) from error
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder; `ModelError` when it has none or one that is not supported.
+
+    A Mistral checkpoint takes v3 where its vocabulary has `[INST]` as a control token and v1 where it has not, from
+    whichever tokenizer file is there; one with a chat template of another kind takes that. Other checkpoints
+    take their `tokenizer.json` and chat template.
+    """
+    settings = read_json(folder / "tokenizer_config.json")
+    source = _template_source(folder, settings)
+    mistral = _is_mistral(folder, source)
+    vocabulary = _vocabulary(folder, mistral=mistral)
+    specials = {name: text for name in _SPECIALS if (text := _text_of(settings.get(name))) is not None}
+    begins_with = vocabulary.begins_with if settings.get("add_bos_token") is not False else None
+    chat: ChatFormat | None = None
+    if mistral:
+        chat, begins_with = _mistral_format(folder, vocabulary), BOS.token
+    elif source is not None:
+        chat = JinjaTemplate(source, controls=vocabulary.controls, specials=specials)
+    return Tokenizer(vocabulary, chat, begins_with=begins_with, eos_ids=_eos_ids(folder, vocabulary, specials))
+
+
+def _mistral_format(folder: Path, vocabulary: Vocabulary) -> MistralFormat:
+    if "[SYSTEM_PROMPT]" in vocabulary.controls or not {BOS.token, EOS.token} <= set(vocabulary.controls):
+        raise ModelError(f"{folder} has a Mistral tokenizer that is none of v1 to v3, which are what is supported")
+    return MistralFormat("v3" if BEGIN_INST.token in vocabulary.controls else "v1")
+
+
+def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    source = settings.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    return source
+
+
+def _is_mistral(folder: Path, source: str | None) -> bool:
+    """Whether the checkpoint speaks Mistral's own format: a fine-tune may have brought another, such as ChatML."""
+    config = read_json(folder / "config.json")
+    family = config.get("model_type") == "mistral" or (not config and (folder / "params.json").is_file())
+    return family and (source is None or ("[INST]" in source and "<<SYS>>" not in source))
+
+
+def _vocabulary(folder: Path, *, mistral: bool) -> Vocabulary:
+    """SentencePiece is the original for Mistral, and tokenizer.json for others."""
+    models = [folder / name for name in ("tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model")]
+    model = next((path for path in models if path.is_file()), None)
+    file = folder / "tokenizer.json"
+    if model and (mistral or not file.is_file()):
+        return SentencePieceVocabulary(model)
+    if file.is_file():
+        return JsonVocabulary(file, per_part=mistral)
+    if (folder / "tekken.json").is_file():
+        raise ModelError(f"{folder} has only a tekken tokenizer, which is not supported; its tokenizer.json would be")
+    raise ModelError(f"{folder} holds no tokenizer.json and no tokenizer.model; fetch the checkpoint again")
+
+
+def _text_of(token: Any) -> str | None:
+    """A special token in tokenizer_config.json: its text, or an object that holds it."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
+
+
+def _eos_ids(folder: Path, vocabulary: Vocabulary, specials: Mapping[str, str]) -> frozenset[int]:
+    ids = {vocabulary.controls.get(specials.get("eos_token", EOS.token))}
+    for name in ("config.json", "generation_config.json"):
+        value = read_json(folder / name).get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [value])
+    return frozenset(token for token in ids if isinstance(token, int))
