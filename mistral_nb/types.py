@@ -94,6 +94,7 @@ class Message:
             raise InvalidRequest(
                 "content", f"{len(self.content)} characters", f"must hold at most {MAX_TEXT} characters"
             )
+        _check_unicode("content", self.content)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Message:
@@ -227,6 +228,7 @@ def _checked(field: Field, value: Any) -> Any:
                 )
             if not value:
                 raise InvalidRequest(field.name, value, "must not be empty")
+            _check_unicode(field.name, value)
         case "texts":
             return _stops(field, value)
         case "messages":
@@ -236,12 +238,21 @@ def _checked(field: Field, value: Any) -> Any:
     return value
 
 
+def _check_unicode(name: str, text: str) -> None:
+    """`InvalidRequest` for half a surrogate pair, which no encoding can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"holds a lone surrogate at character {error.start}; remove it"
+        raise InvalidRequest(name, text[error.start], problem) from error
+
+
 def _number(field: Field, value: Any) -> int | float:
     whole = field.kind == "int"
     kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(field.name, value, f"must be {kind} from {field.bounds}")
-    if whole and value != int(value):
+    if isinstance(value, float) and not (math.isfinite(value) and (value.is_integer() or not whole)):
         raise InvalidRequest(field.name, value, f"must be {kind} from {field.bounds}")
     assert field.minimum is not None
     assert field.maximum is not None

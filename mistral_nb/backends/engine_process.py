@@ -1,0 +1,225 @@
+"""Finding the engine process of a model, or starting it, so that two who ask at once get the same one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_nb import __version__, runtime
+from mistral_nb.backends.pump import HungUp, Line
+from mistral_nb.config import SETTINGS, Settings
+from mistral_nb.engine_control import Health, check, ended, is_gone, keep, log_tail, retire
+from mistral_nb.errors import EngineBusy, EngineStartError, MissingDependency
+from mistral_nb.models import EMBEDDED, Progress, locate, pull
+from mistral_nb.runtime import EngineRecord
+
+__all__ = ["LOCAL_PACKAGES", "Running", "ensure", "require_local"]
+
+LOCAL_PACKAGES = ("torch", "tokenizers", "sentencepiece", "jinja2", "starlette", "uvicorn")
+_LISTEN_LIMIT = 60.0
+_POLL = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An engine that is ready: how to reach it, and what it said of itself."""
+
+    record: EngineRecord
+    health: Health
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """One search: for which model, how long to wait for an answer, and whom to tell what happens."""
+
+    model: str
+    settings: Settings
+    line: Line
+    say: Callable[[str], None]
+
+    def go_on(self) -> None:
+        if self.line.hung_up:
+            raise HungUp
+
+
+def ensure(model: str, settings: Settings, line: Line, say: Callable[[str], None]) -> Running:
+    """The engine of `model` (a store name or a path), ready; pulls the embedded model and starts a process if need be.
+
+    `say` gets a line of status now and then. Blocks; ends with `HungUp` once `line` is hung up. Raises
+    `MissingDependency`, `ModelError`, `ConfigurationError` (a folder), `EngineStartError` and `EngineBusy`.
+    """
+    search = _Search(model, settings, line, say)
+    record = _usable(search)
+    if record is None:
+        require_local()
+        runtime.log_path(model)
+        _have_weights(search)
+        record = _start(search)
+    return _when_ready(search, record)
+
+
+def require_local() -> None:
+    """`MissingDependency`, with the command to run, unless the packages of the engine are installed."""
+    missing = [name for name in LOCAL_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"the local engine needs {', '.join(missing)}. Set CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN to let "
+            'Cloudflare answer, or install the engine: pip install "mistral-nb[local]"'
+        )
+
+
+def _usable(search: _Search) -> EngineRecord | None:
+    """The record of an engine that this version can talk to and that is not broken."""
+    record = runtime.read_record(search.model)
+    health = check(record, search.settings.connect_timeout) if record else None
+    return record if health and health.compatible and health.state in ("loading", "ready") else None
+
+
+def _have_weights(search: _Search) -> None:
+    """Only the embedded model is pulled on its own."""
+
+    def progress(now: Progress) -> None:
+        share = f" {min(now.done / now.total, 1):.0%}" if now.total else ""
+        search.say(f"Pulling the embedded model: {now.step.lower()}{share}")
+
+    if search.model == EMBEDDED:
+        pull(search.model, progress, lambda: search.line.hung_up)
+    else:
+        locate(search.model)
+
+
+def _start(search: _Search) -> EngineRecord:
+    """Start a process under the lock. Who had to wait for the lock finds the work done."""
+    search.say("Starting the engine")
+    lock = runtime.start_lock(search.model)
+    if not lock.acquire(lambda: search.line.hung_up):
+        raise HungUp
+    try:
+        found = _usable(search)
+        if found:
+            return found
+        _clear(search)
+        log = runtime.log_path(search.model)
+        start = log.stat().st_size
+        return _until_listening(search, _spawn(search, log), log, start)
+    finally:
+        lock.release()
+
+
+def _clear(search: _Search) -> None:
+    """Make room: end an engine of another version or one whose model failed, drop a record that leads to none."""
+    record = runtime.read_record(search.model)
+    if record is None:
+        return
+    health = check(record, search.settings.connect_timeout)
+    if health is None:
+        runtime.remove_record(record)
+        return
+    search.say("Replacing the engine")
+    try:
+        retire(record, force=health.state == "failed", timeout=search.settings.connect_timeout)
+    except EngineBusy as error:
+        raise EngineBusy(f"version {health.version} runs and this is {__version__}: {error}") from None
+
+
+def _spawn(search: _Search, log: Path) -> subprocess.Popen[bytes]:
+    """The engine process in a session of its own: a signal to the notebook's process group does not reach it."""
+    idle = f"{search.settings.idle_timeout:g}"
+    command = [sys.executable, "-P", "-m", "mistral_nb", "serve", "--managed"]
+    command += ["--model", search.model, "--idle-timeout", idle]
+    if sys.platform == "win32":
+        apart = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
+    else:
+        apart = 0
+    with log.open("ab") as output:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=runtime.runtime_dir(),
+                env=_environment(log),
+                creationflags=apart,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineStartError(f"{sys.executable} cannot be started: {error}. Check the environment") from None
+    keep(child)
+    return child
+
+
+def _environment(log: Path) -> dict[str, str]:
+    """This process's environment without tokens, with folders that hold from any working directory.
+
+    A source root that is no site-packages folder was put on the path by hand, so the child is told of it.
+    """
+    secrets = {variable for setting in SETTINGS if setting.kind == "secret" for variable in setting.variables}
+    env = {name: value for name, value in os.environ.items() if name not in secrets}
+    env["MISTRAL_NB_RUNTIME_DIR"] = str(runtime.runtime_dir().resolve())
+    env["MISTRAL_NB_LOG_DIR"] = str(log.parent.resolve())
+    if env.get("MISTRAL_NB_HOME"):
+        env["MISTRAL_NB_HOME"] = str(Path(env["MISTRAL_NB_HOME"]).expanduser().resolve())
+    roots = [env.get("PYTHONPATH", "")]
+    for package in ("mistral_nb_kernels", "mistral_nb"):
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if root and root.name not in ("site-packages", "dist-packages"):
+            roots.insert(0, str(root))
+    env["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
+    return env
+
+
+def _until_listening(search: _Search, child: subprocess.Popen[bytes], log: Path, start: int) -> EngineRecord:
+    """The record that the process writes once it listens.
+
+    Waits for it even when the line is hung up, holding the lock: the process is on its way, and the next one who asks
+    must find it rather than start another.
+    """
+    deadline = time.monotonic() + _LISTEN_LIMIT
+    while True:
+        record = runtime.read_record(search.model)
+        if record and record.pid == child.pid:
+            return record
+        if child.poll() is not None:
+            # It gives way to one that somebody started without our lock.
+            other = _usable(search)
+            if other:
+                return other
+            raise _not_started(f"ended while it started ({ended(child.pid)})", log, start)
+        if time.monotonic() > deadline:
+            child.kill()
+            raise _not_started(f"did not listen within {_LISTEN_LIMIT:g} s", log, start)
+        time.sleep(_POLL)
+
+
+def _when_ready(search: _Search, record: EngineRecord) -> Running:
+    """Wait for the model to be loaded, however long that takes, while the process says that it is loading."""
+    deadline = time.monotonic() + _LISTEN_LIMIT
+    while True:
+        search.go_on()
+        health = check(record, search.settings.connect_timeout)
+        if health and health.state == "ready":
+            return Running(record, health)
+        if health and health.state in ("failed", "stopping"):
+            raise _not_started(f"could not load {search.model} ({health.error or 'it is stopping'})", record.log)
+        if health:
+            search.say("Loading the model")
+            deadline = time.monotonic() + _LISTEN_LIMIT
+        elif is_gone(record):
+            raise _not_started(f"ended while it loaded the model ({ended(record.pid) or 'no status'})", record.log)
+        elif time.monotonic() > deadline:
+            raise _not_started(f"(process {record.pid}) does not answer", record.log)
+        search.line.wait(_POLL)
+
+
+def _not_started(what: str, log: str | Path, start: int = 0) -> EngineStartError:
+    return EngineStartError(
+        f"the engine process {what}. Its log {log} ends with\n{log_tail(log, start)}\nCorrect that, and ask again"
+    )

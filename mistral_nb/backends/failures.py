@@ -1,0 +1,162 @@
+"""From what a peer said went wrong to the error that is raised: by the wire's code first, then by the HTTP status."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+
+from mistral_nb.errors import (
+    AuthenticationError,
+    BackendError,
+    ContextOverflow,
+    InvalidRequest,
+    MistralError,
+    ModelError,
+    RateLimited,
+    RequestTimeout,
+    UnknownModel,
+)
+from mistral_nb.types import GenerationRequest
+
+__all__ = ["Failure", "to_error"]
+
+SAME_WEIGHTS = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed exchange. `peer` is who failed, in words; `retry_after` the header; `trace` the peer's request id."""
+
+    peer: str
+    model: str
+    request: GenerationRequest
+    message: str
+    code: int | None = None
+    status: int | None = None
+    retry_after: str | None = None
+    trace: str | None = None
+
+    @property
+    def said(self) -> str:
+        """The peer's message without its prefixes and ids, with code and status."""
+        text = re.sub(r"^(AiError:\s*)+", "", self.message.strip())
+        text = re.sub(r"\s*\([0-9a-f]{8}-[0-9a-f-]{27}\)$", "", text).rstrip(".")
+        marks = [f"code {self.code}" if self.code else "", f"HTTP {self.status}" if self.status else ""]
+        marked = ", ".join(mark for mark in marks if mark)
+        return f"{text} ({marked})" if marked else text
+
+
+def to_error(failure: Failure) -> MistralError:
+    """The typed error. Its message is the peer's, then what to do next."""
+    make = _BY_CODE.get(failure.code or -1) or _BY_STATUS.get(failure.status or -1) or _other
+    return make(failure)
+
+
+_Make = Callable[[Failure], MistralError]
+
+
+def _backend(kind: type[BackendError], hint: str) -> _Make:
+    def make(failure: Failure) -> MistralError:
+        return kind(f"{failure.peer}: {failure.said}. {hint}", code=failure.code, status=failure.status)
+
+    return make
+
+
+def _limited(hint: str) -> _Make:
+    def make(failure: Failure) -> MistralError:
+        return RateLimited(
+            f"{failure.peer}: {failure.said}. {hint}",
+            code=failure.code,
+            status=failure.status,
+            retry_after=_seconds(failure.retry_after),
+        )
+
+    return make
+
+
+def _model(kind: type[ModelError], hint: str) -> _Make:
+    def make(failure: Failure) -> MistralError:
+        return kind(f"{failure.peer} does not answer for {failure.model}: {failure.said}. {hint}")
+
+    return make
+
+
+def _lora(problem: str) -> _Make:
+    def make(failure: Failure) -> MistralError:
+        return InvalidRequest("lora", failure.request.lora, f"{problem} ({failure.peer}: {failure.said})")
+
+    return make
+
+
+def _overflow(failure: Failure) -> MistralError:
+    """`ContextOverflow` where the message tells both numbers of tokens."""
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", failure.message)]
+    if failure.code == 5021 and len(numbers) >= 2:
+        return ContextOverflow(numbers[0], numbers[1])
+    size = sum(len(message.content) for message in failure.request.messages or ()) or len(failure.request.prompt or "")
+    return InvalidRequest(
+        "prompt", f"{size} characters", f"is too long for {failure.model} ({failure.said}); shorten it or max_tokens"
+    )
+
+
+def _other(failure: Failure) -> MistralError:
+    """Any status without a rule of its own; the ids that the peer's support asks for are kept for 5xx."""
+    server = failure.status is not None and failure.status >= 500
+    trace = f" [{failure.trace}]" if server and failure.trace else ""
+    hint = "Try again in a moment" if server else "Check the request"
+    return BackendError(f"{failure.peer}: {failure.said}{trace}. {hint}", code=failure.code, status=failure.status)
+
+
+def _seconds(header: str | None) -> float | None:
+    """Seconds to wait from a Retry-After header, which holds seconds or a date."""
+    if not header:
+        return None
+    if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
+    except ValueError:
+        return None
+
+
+_TOKEN = _backend(AuthenticationError, "Check the token, and that it has the Workers AI permission")
+_REFUSED = _backend(
+    AuthenticationError, "Accept the model's terms or enable it in the dashboard, or name another model"
+)
+_SLOW = _backend(RequestTimeout, "Try again, or lower max_tokens")
+_ROUTE = _backend(BackendError, "Check the account id and the model id")
+_NO_MODEL = _model(UnknownModel, "Check its name; `%mistral models` lists the local ones")
+
+_BY_CODE: dict[int, _Make] = {
+    10000: _TOKEN,
+    6003: _TOKEN,
+    7000: _ROUTE,
+    7003: _ROUTE,
+    5007: _NO_MODEL,
+    3042: _NO_MODEL,
+    5028: _model(ModelError, f"It was retired; {SAME_WEIGHTS} serves the weights of Mistral-7B-Instruct v0.2"),
+    **dict.fromkeys((5018, 3041, 3023, 5016, 5035), _REFUSED),
+    5006: _backend(BackendError, "Correct the field that it names"),
+    5005: _lora("the model takes no LoRA adapter; leave lora out or name a model that does"),
+    3037: _lora("no such adapter; check its name, or wait a moment if it was just uploaded"),
+    3039: _lora("the adapter lacks files; upload adapter_config.json and adapter_model.safetensors"),
+    3006: _overflow,
+    5021: _overflow,
+    **dict.fromkeys((3007, 3008, 3046), _SLOW),
+    **dict.fromkeys((3036, 4006), _limited("The day's allowance is spent until 00:00 UTC; use --backend local")),
+    3040: _limited("No capacity now; try again in a moment, or use --backend local"),
+    3043: _backend(BackendError, "Try again in a moment"),
+    971: _limited("The account sends too much at once; wait and try again"),
+}
+_BY_STATUS: dict[int, _Make] = {
+    401: _TOKEN,
+    403: _TOKEN,
+    404: _ROUTE,
+    408: _SLOW,
+    410: _BY_CODE[5028],
+    413: _overflow,
+    429: _limited("Wait a moment and try again"),
+}

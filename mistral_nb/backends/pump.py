@@ -1,0 +1,178 @@
+"""A stream that anybody may close: one thread reads the peer, the caller waits on a queue.
+
+Looking up a host, connecting, starting a process and fetching a model cannot be interrupted from another thread, so no
+caller is ever blocked in them. `close()` wakes the caller through the queue and the reading thread through its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from mistral_nb.errors import MistralError, StreamTruncated
+from mistral_nb.types import Chunk
+
+__all__ = ["Emit", "HungUp", "Line", "Produce", "Pump"]
+
+Emit = Callable[[Chunk], None]
+
+
+class HungUp(Exception):
+    """The caller has gone: whoever works for it stops. Nobody sees this."""
+
+
+class Line:
+    """What reaches the reading thread: hanging up, and a deadline. Either shuts the attached socket down."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._hung_up = threading.Event()
+        self._socket: socket.socket | None = None
+        self._deadline: float | None = None
+        self._wakes: float | None = None
+        self._limit = ""
+        self._expired = ""
+
+    @property
+    def hung_up(self) -> bool:
+        return self._hung_up.is_set()
+
+    @property
+    def expired(self) -> str:
+        """The limit that was passed, in words; empty if none was."""
+        return self._expired
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but wake as soon as the caller has hung up. True when it has."""
+        return self._hung_up.wait(seconds)
+
+    def hang_up(self) -> None:
+        self._hung_up.set()
+        self._shut_down()
+
+    def attach(self, peer: socket.socket) -> None:
+        """Shut `peer` down when the line ends. Keeps a duplicate, which stays valid when TLS takes the socket over."""
+        with self._changed:
+            self._drop_socket()
+            self._socket = peer.dup()
+        if self.hung_up or self._expired:
+            self._shut_down()
+
+    def within(self, seconds: float, limit: str) -> None:
+        """Set the deadline, in place of the former one. `limit` says in words what took too long."""
+        with self._changed:
+            self._deadline = time.monotonic() + seconds
+            self._limit = limit
+            if self._wakes is None:
+                self._wakes = self._deadline
+                threading.Thread(target=self._watch, name="mistral-nb deadline", daemon=True).start()
+            elif self._deadline < self._wakes:
+                self._changed.notify()
+
+    def release(self) -> None:
+        """Forget the socket and the deadline; the reading thread calls it when it is done."""
+        with self._changed:
+            self._deadline = None
+            self._drop_socket()
+            self._changed.notify()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while self._deadline is not None and (left := self._deadline - time.monotonic()) > 0:
+                self._wakes = self._deadline
+                self._changed.wait(left)
+            self._wakes = None
+            if self._deadline is None:
+                return
+            self._expired = self._limit
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        with self._changed:
+            if self._socket is not None:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _drop_socket(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+Produce = Callable[[Line, Emit], None]
+_HANG_UP = object()
+_END = object()
+# Seconds. On Windows an interrupt does not wake a thread that waits for a lock.
+_POLL = 0.1 if sys.platform == "win32" else None
+
+
+class Pump:
+    """The `ChunkStream` of `produce(line, emit)`, which runs in a thread of its own.
+
+    `produce` emits status, text and one last chunk, or raises; it looks at `line` where it waits. Its error, if a
+    `MistralError` after the first text, becomes a last chunk first.
+    """
+
+    def __init__(self, produce: Produce) -> None:
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._line = Line()
+        self._answered = False
+        self._over = False
+        threading.Thread(target=_run, args=(produce, self._line, self._queue), name="mistral-nb", daemon=True).start()
+
+    def __iter__(self) -> Pump:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._over:
+            raise StopIteration
+        item = self._next_item()
+        if isinstance(item, Chunk):
+            self._answered = self._answered or item.finish_reason is not None
+            return item
+        self._over = True
+        if isinstance(item, BaseException):
+            raise item
+        if item is _HANG_UP and not self._answered:
+            return Chunk(finish_reason="cancelled")
+        raise StopIteration
+
+    def _next_item(self) -> Any:
+        while True:
+            with contextlib.suppress(Empty):
+                return self._queue.get(timeout=_POLL)
+
+    def close(self) -> None:
+        if not self._line.hung_up:
+            self._queue.put(_HANG_UP)
+            self._line.hang_up()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _run(produce: Produce, line: Line, queue: SimpleQueue[Any]) -> None:
+    begun = False
+
+    def emit(chunk: Chunk) -> None:
+        nonlocal begun
+        begun = begun or bool(chunk.text)
+        queue.put(chunk)
+
+    try:
+        produce(line, emit)
+    except HungUp:
+        return
+    except BaseException as error:  # handed to the caller's thread, which raises it
+        if begun and isinstance(error, MistralError):
+            queue.put(Chunk(finish_reason="truncated" if isinstance(error, StreamTruncated) else "error"))
+        queue.put(error)
+    finally:
+        line.release()
+        queue.put(_END)

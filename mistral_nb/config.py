@@ -1,0 +1,283 @@
+"""Where settings come from: arguments, `%config Mistral`, the environment, the configuration file; first match wins.
+
+`SETTINGS` is the one table of settings with their help texts, environment variables and bounds. The folders are not in
+it: an engine process and every client of it must agree on them, so they come from the environment alone
+(`MISTRAL_NB_HOME`, `MISTRAL_NB_RUNTIME_DIR`, `MISTRAL_NB_LOG_DIR`), and `MISTRAL_NB_CONFIG` names another file than
+`config.toml` in the user's configuration folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hmac
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from mistral_nb.errors import ConfigurationError
+
+__all__ = ["BACKENDS", "SETTINGS", "Secret", "Setting", "Settings", "config_path", "load_settings"]
+
+BACKENDS = ("auto", "cloudflare", "local")
+CLOUDFLARE_URL = "https://api.cloudflare.com/client/v4"
+
+_FOLDERS = {"home": "MISTRAL_NB_HOME", "runtime_dir": "MISTRAL_NB_RUNTIME_DIR", "log_dir": "MISTRAL_NB_LOG_DIR"}
+
+Kind = Literal["backend", "text", "secret", "url", "bool", "seconds"]
+
+
+class Secret:
+    """A text that shows itself nowhere: not in repr, str, format, pickle or JSON. `reveal()` gives it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash((Secret, self._value))
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret cannot be pickled: read it from the environment where it is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting. `variables` are read in this order; `seconds` are bounded by `minimum` and `maximum`."""
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any = None
+    variables: tuple[str, ...] = ()
+    minimum: float = 0.1
+    maximum: float = 604_800
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("backend", "backend", f"Who answers: {', '.join(BACKENDS)}.", "auto", ("MISTRAL_NB_BACKEND",)),
+    Setting("model", "text", "The model; unset is the backend's own choice.", None, ("MISTRAL_NB_MODEL",)),
+    Setting(
+        "idle_timeout",
+        "seconds",
+        "Seconds without a request after which the engine process ends itself; 0 is never.",
+        1800.0,
+        ("MISTRAL_NB_IDLE_TIMEOUT",),
+        minimum=0,
+    ),
+    Setting(
+        "connect_timeout",
+        "seconds",
+        "Seconds to wait for a connection.",
+        10.0,
+        ("MISTRAL_NB_CONNECT_TIMEOUT",),
+    ),
+    Setting(
+        "first_token_timeout",
+        "seconds",
+        "Seconds to wait for the first text.",
+        300.0,
+        ("MISTRAL_NB_FIRST_TOKEN_TIMEOUT",),
+    ),
+    Setting(
+        "stall_timeout",
+        "seconds",
+        "Seconds of silence after which an answer that has begun is given up.",
+        60.0,
+        ("MISTRAL_NB_STALL_TIMEOUT",),
+    ),
+    Setting("cloudflare_account_id", "text", "Cloudflare account id.", None, ("CLOUDFLARE_ACCOUNT_ID",)),
+    Setting(
+        "cloudflare_api_token",
+        "secret",
+        "Cloudflare API token with the Workers AI permission.",
+        None,
+        ("CLOUDFLARE_API_TOKEN", "CLOUDFLARE_AUTH_TOKEN"),
+    ),
+    Setting(
+        "cloudflare_base_url",
+        "url",
+        "Where the Workers AI API is.",
+        CLOUDFLARE_URL,
+        ("MISTRAL_NB_CLOUDFLARE_BASE_URL",),
+    ),
+    Setting(
+        "cloudflare_trust_base_url",
+        "bool",
+        "Send the token to a cloudflare_base_url that is not Cloudflare's own.",
+        False,
+        ("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL",),
+    ),
+)
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings, checked. `sources` tells for each one that was set where it was set. Times are in seconds."""
+
+    backend: str = "auto"
+    model: str | None = None
+    idle_timeout: float = 1800.0
+    connect_timeout: float = 10.0
+    first_token_timeout: float = 300.0
+    stall_timeout: float = 60.0
+    cloudflare_account_id: str | None = None
+    cloudflare_api_token: Secret | None = None
+    cloudflare_base_url: str = CLOUDFLARE_URL
+    cloudflare_trust_base_url: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def source(self, name: str) -> str:
+        """Where a setting was set, such as `MISTRAL_NB_BACKEND`; `the default` where it was not."""
+        return self.sources.get(name, "the default")
+
+
+def config_path(environ: Mapping[str, str] | None = None) -> Path:
+    """The configuration file, which need not exist."""
+    named = (os.environ if environ is None else environ).get("MISTRAL_NB_CONFIG")
+    if named:
+        return Path(named).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_config_path("mistral-nb", appauthor=False)) / "config.toml"
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    source: str = "%config Mistral",
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings in force. `overrides` come before the environment and the file; None and "" in it mean unset.
+
+    Raises `ConfigurationError` naming the setting, its source, its value and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    path = config_path(environ)
+    layers = (_from_mapping(overrides or {}, source), _from_environment(environ), _from_file(path))
+    for layer in layers:
+        for name, value, origin in layer:
+            if name not in values and value is not None and value != "":
+                values[name] = _checked(_BY_NAME[name], value, origin)
+                sources[name] = origin
+    return Settings(**values, sources=sources)
+
+
+_Layer = Iterable[tuple[str, Any, str]]
+
+
+def _from_mapping(values: Mapping[str, Any], source: str) -> _Layer:
+    for name, value in values.items():
+        if name not in _BY_NAME:
+            raise _unknown(name, source)
+        yield name, value, f"{source}.{name}"
+
+
+def _from_environment(environ: Mapping[str, str]) -> _Layer:
+    for setting in SETTINGS:
+        for variable in setting.variables:
+            yield setting.name, environ.get(variable, "").strip(), variable
+
+
+def _from_file(path: Path) -> _Layer:
+    for name, value in _read_file(path).items():
+        if name not in _BY_NAME:
+            raise _unknown(name, str(path))
+        yield name, value, f"{name} in {path}"
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigurationError(f"{path} cannot be read: {problem}. Correct it, or set MISTRAL_NB_CONFIG to another file")
+
+
+def _unknown(name: str, source: str) -> ConfigurationError:
+    if name in _FOLDERS:
+        return ConfigurationError(f"{name} cannot be set in {source}: set the environment variable {_FOLDERS[name]}")
+    near = difflib.get_close_matches(name, _BY_NAME, n=1)
+    wanted = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(_BY_NAME)}"
+    return ConfigurationError(f"{name!r} in {source} is not a setting; {wanted}")
+
+
+def _checked(setting: Setting, value: Any, origin: str) -> Any:
+    match setting.kind:
+        case "backend":
+            return check_backend(value, origin)
+        case "bool":
+            return _switch(value, origin)
+        case "seconds":
+            return _seconds(setting, value, origin)
+        case "secret":
+            return _secret(value, origin)
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{origin} = {value!r}: must be a text")
+    return value.strip().rstrip("/") if setting.kind == "url" else value.strip()
+
+
+def _secret(value: Any, origin: str) -> Secret:
+    """A token as HTTP can carry it. The message of a failure does not show it."""
+    text = value.reveal() if isinstance(value, Secret) else value
+    if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text.strip()):
+        raise ConfigurationError(f"{origin}: a token is one word of ASCII letters, digits and signs; copy it again")
+    return Secret(text.strip())
+
+
+def check_backend(name: Any, origin: str) -> str:
+    """`name` if it is a backend's, else `ConfigurationError` listing them."""
+    if name in BACKENDS:
+        return str(name)
+    near = difflib.get_close_matches(str(name).lower(), BACKENDS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigurationError(f"{origin} = {name!r}: no such backend. {hint}There are {', '.join(BACKENDS)}")
+
+
+def _switch(value: Any, origin: str) -> bool:
+    word = value.lower() if isinstance(value, str) else value
+    if word in (True, "1", "true", "yes", "on"):
+        return True
+    if word in (False, "0", "false", "no", "off"):
+        return False
+    raise ConfigurationError(f"{origin} = {value!r}: must be true or false")
+
+
+def _seconds(setting: Setting, value: Any, origin: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not setting.minimum <= number <= setting.maximum:
+        raise ConfigurationError(
+            f"{origin} = {value!r}: must be seconds from {setting.minimum:g} to {setting.maximum:g}"
+        )
+    return number

@@ -1,0 +1,100 @@
+"""Models, engines and settings as plain text tables, for the terminal and for `%mistral status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mistral_nb.backends import resolve
+from mistral_nb.config import SETTINGS, Secret, Settings, config_path
+from mistral_nb.engine_control import EngineStatus, status
+from mistral_nb.errors import MistralError
+from mistral_nb.models import KNOWN, installed, store_path
+from mistral_nb.runtime import runtime_dir
+
+__all__ = ["engines_table", "models_table", "status_report"]
+
+
+def status_report(settings: Settings) -> str:
+    """Who would answer and why, which engines run, and the settings with where each was set. Starts nothing."""
+    sections = (
+        ("Who answers", _selection(settings)),
+        ("Engines", _engines(settings)),
+        ("Settings", _settings(settings)),
+    )
+    return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in sections)
+
+
+def models_table() -> str:
+    """The known models and the installed ones."""
+    here = {model.name: model for model in installed()}
+    titles = {model.name: f"{model.title}, {model.licence}" for model in KNOWN}
+    aliases = {model.name: ", ".join(model.aliases) for model in KNOWN}
+    rows = [("MODEL", "ALIASES", "INSTALLED", "ABOUT")]
+    for name in [*titles, *(name for name in here if name not in titles)]:
+        size = f"{here[name].bytes / 1e6:.0f} MB" if name in here else "no"
+        rows.append((name, aliases.get(name, ""), size, titles.get(name) or here[name].title))
+    return f"{_table(rows)}\nStore: {store_path()}"
+
+
+def engines_table(engines: Sequence[EngineStatus]) -> str:
+    """One row for each engine, then what is wrong with those that fail, and the logs."""
+    if not engines:
+        return "No engine is running."
+    rows: list[tuple[str, ...]] = [("MODEL", "STATE", "DEVICE", "ACTIVE", "SERVED", "UPTIME", "PROCESS", "ADDRESS")]
+    notes = []
+    for engine in engines:
+        record, health = engine.record, engine.health
+        if health is None:
+            told: tuple[str, ...] = ("silent", "", "", "", "")
+            notes.append(f"{record.model} does not answer.")
+        else:
+            told = (health.state, health.where, str(health.active), str(health.served), _duration(health.uptime_s))
+        if health and health.error:
+            notes.append(f"{record.model}: {health.error}")
+        rows.append((record.model, *told, str(record.pid), record.base_url))
+        notes.append(f"Log of {record.model}: {record.log}")
+    return "\n".join([_table(rows), *notes])
+
+
+def _selection(settings: Settings) -> str:
+    try:
+        selection = resolve(settings)
+    except MistralError as error:
+        return f"nobody: {error}"
+    who = selection.backend.describe()
+    stands_in = f", standing in for {who.stand_in_for}" if who.stand_in_for else ""
+    device = f" on {who.device}" if who.device else ""
+    return f"{who.model}{stands_in}, through the backend {who.backend}{device}\n{selection.why}"
+
+
+def _engines(settings: Settings) -> str:
+    try:
+        return engines_table(status(settings))
+    except MistralError as error:
+        return str(error)
+
+
+def _settings(settings: Settings) -> str:
+    rows = []
+    for setting in SETTINGS:
+        value = getattr(settings, setting.name)
+        shown = "set" if isinstance(value, Secret) else "not set" if value is None else str(value)
+        rows.append((setting.name, shown, f"({settings.source(setting.name)})"))
+    folders = [("file", str(config_path())), ("models", str(store_path())), ("runtime", str(runtime_dir()))]
+    return f"{_table(rows)}\n{_table(folders)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in cells)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

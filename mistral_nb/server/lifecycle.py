@@ -1,0 +1,294 @@
+"""The life of an engine process: listen, say where, load, serve, and end without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from mistral_nb import __version__, runtime
+from mistral_nb.errors import ConfigurationError, EngineStartError
+from mistral_nb.models import find_known
+from mistral_nb.runtime import EngineRecord
+from mistral_nb.server.app import create_app
+from mistral_nb.server.generation import Model
+from mistral_nb.server.holder import Holder
+from mistral_nb.server.routes import Endpoints, Identity
+
+__all__ = ["ServeOptions", "serve"]
+
+log = logging.getLogger(__name__)
+
+FAILED_GRACE = 10.0
+"""Seconds that a managed process whose model failed stays to tell why."""
+
+_TICK = 0.25
+_RECORD_CHECK = 2.0
+_SHUTDOWN_GRACE = 3
+_MAX_LOG = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What to serve, and how.
+
+    `model` is a store name or an absolute path, `folder` its checkpoint; `idle_timeout` in seconds, 0 for never;
+    `managed` for a process that a notebook started: it writes to its log only, and no terminal signal reaches it.
+    """
+
+    model: str
+    folder: Path
+    serve_as: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    idle_timeout: float = 1800.0
+    managed: bool = False
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve until stopped or idle; the exit status. Runs in the main thread.
+
+    Raises `ConfigurationError` when the port, the log or the runtime folder cannot be used, and `EngineStartError`
+    when an engine of this model is running already.
+    """
+    log_file = runtime.log_path(options.model)
+    _configure_logging(log_file, options.managed)
+    with _listen(options.host, options.port) as listener:
+        record = _record(options, listener, log_file)
+        with contextlib.nullcontext() if options.managed else runtime.start_lock(options.model):
+            _refuse_second(options.model)
+            runtime.write_record(record)
+        process = EngineProcess(options, record)
+        try:
+            asyncio.run(process.run(listener))
+        finally:
+            _forget(record)
+    if process.holder.load_is_running:
+        # a thread inside torch cannot be interrupted, and the interpreter would wait for it
+        logging.shutdown()
+        os._exit(process.exit_code)
+    return process.exit_code
+
+
+class EngineProcess:
+    """Everything that lives as long as the event loop does."""
+
+    def __init__(self, options: ServeOptions, record: EngineRecord) -> None:
+        known = find_known(options.model)
+        self._options = options
+        self._record = record
+        self.identity = Identity(options.model, known.aliases if known else (), options.serve_as, record.log)
+        self.holder = Holder(self._load, record.log)
+        app = create_app(Endpoints(self.holder, self.identity, self.stop), record.token, record.log)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                http="h11",
+                ws="none",
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=_SHUTDOWN_GRACE,
+            )
+        )
+        self._stopping = False
+        self.exit_code = 0
+
+    async def run(self, listener: socket.socket) -> None:
+        started = time.monotonic()
+        log.info("engine process %d of %s: loading from %s", os.getpid(), self._options.model, self._options.folder)
+        self.holder.begin()
+        tasks = [asyncio.create_task(self._announce(started)), asyncio.create_task(self._watch())]
+        with _on_signals(self._options.managed, self._signalled):
+            try:
+                await self._server.serve(sockets=[listener])
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await self.holder.close()
+
+    def stop(self, reason: str) -> None:
+        """End the process soon: running answers get an error, the record goes at once."""
+        if self._stopping:
+            return
+        self._stopping = True
+        log.info("stopping: %s", reason)
+        _forget(self._record)
+        self.holder.stop(reason)
+        self._server.should_exit = True
+
+    def _signalled(self, name: str) -> None:
+        if self._stopping:
+            self._server.force_exit = True
+        self.stop(f"signal {name}")
+
+    def _load(self) -> Model:
+        from mistral_nb.engine import Engine
+        from mistral_nb.engine.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self._options.folder)
+        return Model(Engine.load(self._options.folder), tokenizer)
+
+    async def _announce(self, started: float) -> None:
+        """Say in the log, and on a terminal, that the model is there."""
+        await self.holder.settled()
+        model = self.holder.model
+        if self.holder.state == "failed":
+            self.exit_code = 1
+        if self.holder.state != "ready" or model is None:
+            return
+        info, seconds = model.engine.info, time.monotonic() - started
+        what = f"{self._options.model} on {info.device} ({info.precision}, context {info.context} tokens)"
+        log.info("ready after %.1f s: %s", seconds, what)
+        if not self._options.managed:
+            print(_how_to_call(self._options, self._record), flush=True)
+
+    async def _watch(self) -> None:
+        """Ends the process when it is idle, when its model failed, or when another process took its place."""
+        next_check = time.monotonic() + _RECORD_CHECK
+        while True:
+            await asyncio.sleep(_TICK)
+            now = time.monotonic()
+            unused = now - self.holder.last_used
+            if self.holder.busy:
+                self.holder.last_used = now
+            elif self.holder.state == "failed" and self._options.managed and unused > FAILED_GRACE:
+                self.stop(f"the model could not be loaded: {self.holder.error}")
+            elif self._options.idle_timeout and unused > self._options.idle_timeout:
+                self.stop(f"no request for {self._options.idle_timeout:g} s")
+            elif now > next_check and not self.holder.requests:
+                next_check = now + _RECORD_CHECK
+                if not _can_be_found(self._record):
+                    self.stop("its record in the runtime folder is gone, so nobody could find it")
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to `_on_signals`: uvicorn raises them again at its end, before the record could be removed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _on_signals(managed: bool, act: Callable[[str], None]) -> Iterator[None]:
+    """Turn SIGTERM, and in the foreground SIGINT and SIGHUP, into `act(name)` on the event loop."""
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(act, signal.Signals(number).name)
+
+    terminal = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    handlers = {signal.SIGTERM: handle, **dict.fromkeys(terminal, signal.SIG_IGN if managed else handle)}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((str(address[0]), port), family=family)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port} ({error.strerror or error}); "
+            "choose another --port, or 0 for a free one"
+        ) from error
+
+
+def _record(options: ServeOptions, listener: socket.socket, log_file: Path) -> EngineRecord:
+    host, port = listener.getsockname()[:2]
+    return EngineRecord(
+        pid=os.getpid(),
+        port=port,
+        token=secrets.token_urlsafe(32),
+        model=options.model,
+        version=__version__,
+        protocol=runtime.PROTOCOL,
+        log=str(log_file),
+        started=time.time(),
+        host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host),
+    )
+
+
+def _can_be_found(record: EngineRecord) -> bool:
+    try:
+        return runtime.read_record(record.model) == record
+    except ConfigurationError:
+        return False
+
+
+def _forget(record: EngineRecord) -> None:
+    try:
+        runtime.remove_record(record)
+    except ConfigurationError as error:
+        log.warning("the record of this process could not be removed: %s", error)
+
+
+def _refuse_second(model: str) -> None:
+    other = runtime.read_record(model)
+    if other is not None and runtime.is_running(other):
+        raise EngineStartError(
+            f"an engine of {model} is running already (process {other.pid}, {other.base_url}); "
+            f"use that one, or end it first with: mistral-nb stop {model}"
+        )
+
+
+def _configure_logging(file: Path, managed: bool) -> None:
+    """Our own log and everybody's warnings go to `file`; prompts and tokens are never logged.
+
+    A managed process has nothing else: its standard streams, and the traces of a crash in native code, go there too.
+    In the foreground the terminal shows the same lines.
+    """
+    if file.stat().st_size > _MAX_LOG:
+        file.replace(file.with_suffix(".log.old"))
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers: list[logging.Handler] = [handler]
+    if managed:
+        assert handler.stream is not None
+        for standard in (1, 2):
+            os.dup2(handler.stream.fileno(), standard)
+    else:
+        terminal = logging.StreamHandler()
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        handlers.append(terminal)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers)
+    logging.getLogger("mistral_nb").setLevel(logging.INFO)
+    faulthandler.enable()
+
+
+def _how_to_call(options: ServeOptions, record: EngineRecord) -> str:
+    """What a terminal shows once the model is there."""
+    import shlex
+    from urllib.parse import quote
+
+    read = f"import json; print(json.load(open({str(runtime.record_path(options.model))!r}))['token'])"
+    url = f"{record.base_url}/client/v4/accounts/local/ai/run/{quote(options.model, safe='/@')}"
+    lines = [
+        f"Ready at {record.base_url}. Try it:",
+        f"  TOKEN=$({shlex.quote(sys.executable)} -c {shlex.quote(read)})",
+        f"  curl -N {shlex.quote(url)} \\",
+        """    -H "Authorization: Bearer $TOKEN" -d '{"prompt": "Why is the sky blue?", "stream": true}'""",
+    ]
+    idle = f"It ends after {options.idle_timeout:g} s without a request; " if options.idle_timeout else ""
+    lines.append(f"{idle}Ctrl+C ends it now. Log: {record.log}")
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""What the tests of the backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mistral_nb.backends import Local
+from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
+from mistral_nb.config import Secret, load_settings
+from mistral_nb.engine_control import stop
+from mistral_nb.types import GenerationRequest
+from tests.backends.scripted import TOKEN, Peer
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def client(peer: Peer) -> Callable[..., WorkersAI]:
+    """Makes a client of `peer` as it would be one of Cloudflare's."""
+
+    def make(**changes: Any) -> WorkersAI:
+        values: dict[str, Any] = {
+            "base_url": peer.url,
+            "account": "0123456789abcdef0123456789abcdef",
+            "token": Secret(TOKEN),
+            "model": "@cf/mistral/mistral-7b-instruct-v0.2-lora",
+            "timeouts": Timeouts(5, 5, 5),
+        }
+        return WorkersAI(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine(own_settings: None) -> Iterator[Local]:
+    """The embedded model on an engine that the whole session shares; ended with the session."""
+    local = Local(load_settings())
+    for _ in local.stream(GenerationRequest(prompt="Hello", max_tokens=1)):
+        pass
+    yield local
+    stop(load_settings(), local.model, force=True)

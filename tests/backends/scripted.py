@@ -1,0 +1,170 @@
+"""A peer on a real loopback socket that plays a script of bytes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PATIENCE = 10.0
+TOKEN = "s3cret-t0ken-never-shown"
+Step = bytes | threading.Event | str | Callable[[], None]
+
+
+@dataclass
+class Seen:
+    """One request as it came over the socket."""
+
+    line: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Peer:
+    """Plays one script for each connection, the last one again and again.
+
+    A step is bytes to send, an event to wait for, a function to call, "hold" (until the client goes), "drip" (a frame
+    of text again and again until the client goes) or "reset"; after the last one the connection is closed.
+    """
+
+    scripts: list[Sequence[Step]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    accepted: threading.Event = field(default_factory=threading.Event)
+    asked: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._threads: list[threading.Thread] = []
+        self._connections: list[socket.socket] = []
+        self._served = 0
+        self._start(self._accept)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/client/v4"
+
+    def stop_listening(self) -> None:
+        """Refuse new connections; those that there are go on."""
+        with _quiet():
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+
+    def close(self) -> None:
+        self.stop_listening()
+        for connection in self._connections:
+            with _quiet():
+                connection.shutdown(socket.SHUT_RDWR)
+        self.gone.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._connections.append(connection)
+            self.accepted.set()
+            script = self.scripts[min(self._served, len(self.scripts) - 1)] if self.scripts else ["hold"]
+            self._served += 1
+            self._start(self._serve, connection, script)
+
+    def _serve(self, connection: socket.socket, script: Sequence[Step]) -> None:
+        gone = threading.Event()
+        with connection, _quiet():
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.seen.append(_read_request(connection))
+            self.asked.set()
+            self._start(self._watch, connection, gone)
+            for step in script:
+                if isinstance(step, bytes):
+                    connection.sendall(step)
+                elif isinstance(step, threading.Event):
+                    assert step.wait(PATIENCE)
+                elif step == "hold":
+                    gone.wait(PATIENCE)
+                elif step == "drip":
+                    self._drip(connection, gone)
+                elif callable(step):
+                    step()
+                elif step == "reset":
+                    connection.shutdown(socket.SHUT_RD)
+                    assert gone.wait(PATIENCE)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def _drip(self, connection: socket.socket, gone: threading.Event) -> None:
+        while not gone.wait(0.01):
+            connection.sendall(frame({"response": "drip "}))
+
+    def _watch(self, connection: socket.socket, gone: threading.Event) -> None:
+        with _quiet():
+            while connection.recv(1024):
+                pass
+        gone.set()
+        self.gone.set()
+
+
+class _quiet:
+    """A peer does not mind that the client went away."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
+        return kind is not None and issubclass(kind, OSError)
+
+
+def _read_request(connection: socket.socket) -> Seen:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = connection.recv(65536)
+        if not part:
+            raise OSError("no request came")
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    line, *rest = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (item.partition(": ") for item in rest)}
+    while len(body) < int(headers.get("content-length", 0)):
+        body += connection.recv(65536)
+    return Seen(line, headers, body)
+
+
+def eventually(predicate: Callable[[], bool], within: float = PATIENCE) -> bool:
+    """Whether something outside this process comes to a state within some seconds."""
+    deadline = time.monotonic() + within
+    while not predicate():
+        if time.monotonic() > deadline:
+            return False
+        threading.Event().wait(0.005)
+    return True
+
+
+def head(status: str = "200 OK", kind: str = "text/event-stream", *more: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Type: {kind}", *more, "Connection: close", "", ""]).encode()
+
+
+def frame(data: Any) -> bytes:
+    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+def body(data: Any, status: str = "200 OK", *more: str) -> list[Step]:
+    return [head(status, "application/json", *more) + json.dumps(data).encode()]

@@ -1,0 +1,141 @@
+"""The wire's frames, split anywhere, as they were seen in the wild."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames
+from mistral_nb.types import Chunk, Usage
+
+BODY = (
+    'data: {"response":"Grüße","p":"abcdefgh"}\r\n\r\n'
+    ": a comment\r\n\r\n"
+    'data: {"response":" 日本 🙂"}\n\n'
+    "event: message\ndata: [DONE]\n\ndata: [DONE]"
+).encode()
+DATA = ['{"response":"Grüße","p":"abcdefgh"}', '{"response":" 日本 🙂"}', DONE, DONE]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
+def test_frames_come_out_whole_whatever_the_size_of_the_parts(size: int) -> None:
+    assert list(frames(BODY[at : at + size] for at in range(0, len(BODY), size))) == DATA
+
+
+def test_frames_come_out_whole_wherever_they_are_split() -> None:
+    for at in range(len(BODY) + 1):
+        assert list(frames([BODY[:at], BODY[at:]])) == DATA, f"split at byte {at}"
+
+
+def test_a_frame_is_given_as_soon_as_it_is_complete() -> None:
+    taken = []
+
+    def parts() -> Any:
+        for part in (b'data: {"response":"a"}\n\n', b'data: {"response":"b"}\n\n'):
+            taken.append(part)
+            yield part
+
+    stream = frames(parts())
+    assert next(stream) == '{"response":"a"}'
+    assert len(taken) == 1
+
+
+def read(*data: Any) -> tuple[str, Chunk]:
+    reading = Reading()
+    text = "".join(reading.frame(json.dumps(item)) for item in data)
+    return text, reading.last(max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"response": "Hello", "p": "abcdefgh"}, "Hello"),
+        ({"response": "", "tool_calls": [], "p": "abdef"}, ""),
+        ({"tool_calls": [], "p": "abdefgh"}, ""),
+        ({"response": 1}, "1"),
+        ({"response": 1.5}, "1.5"),
+        ({"response": True}, "true"),
+        ({"response": None, "usage": {"prompt_tokens": 1, "completion_tokens": 2}}, ""),
+        ({"response": {"colour": "grün"}}, '{"colour": "grün"}'),
+        ({"choices": [{"delta": {"content": "Hi"}, "finish_reason": None}]}, "Hi"),
+        ({"choices": [{"delta": {"role": "assistant"}}]}, ""),
+        ({"choices": [{"text": "Hi"}]}, "Hi"),
+        ({"choices": []}, ""),
+    ],
+)
+def test_the_text_of_each_form_of_frame(data: Any, text: str) -> None:
+    assert read(data)[0] == text
+
+
+def test_the_last_usage_counts_and_a_reason_midway_is_no_end() -> None:
+    text, last = read(
+        {"response": "a", "usage": {"prompt_tokens": 5, "completion_tokens": 1}},
+        {"response": "b", "finish_reason": "length", "usage": {"prompt_tokens": 5, "completion_tokens": 2}},
+        {"response": "c"},
+        {"response": None, "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}},
+    )
+    assert text == "abc"
+    assert last == Chunk(finish_reason="length", usage=Usage(5, 3))
+
+
+def test_calls_are_collected_and_are_the_reason() -> None:
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    text, last = read({"response": "Well"}, {"tool_calls": [call]}, {"response": "", "finish_reason": "stop"})
+    assert text == "Well"
+    assert last == Chunk(finish_reason="tool_calls", tool_calls=(call,))
+
+
+@pytest.mark.parametrize(
+    ("usage", "reason"),
+    [({"prompt_tokens": 5, "completion_tokens": 100}, "length"), ({"completion_tokens": 99}, "stop"), ({}, "stop")],
+)
+def test_without_a_reason_a_full_measure_of_tokens_means_length(usage: Any, reason: str) -> None:
+    assert read({"response": "a", "usage": usage})[1].finish_reason == reason
+
+
+@pytest.mark.parametrize("usage", [None, 7, {"prompt_tokens": "many"}, []])
+def test_usage_that_cannot_be_read_is_unknown(usage: Any) -> None:
+    assert read({"response": "a", "usage": usage})[1].usage is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "code"),
+    [
+        ('{"errors":[{"message":"AiError: no","code":3040}],"success":false}', "AiError: no", 3040),
+        ('{"error":"broken"}', "broken", None),
+        ('{"error":{"message":"broken","code":"5006"}}', "broken", 5006),
+        ('{"errors":["broken"]}', "broken", None),
+        ('{"success":false,"errors":[]}', "no reason given", None),
+        ('{"response":"half', "not a JSON object", None),
+        ("17", "not a JSON object", None),
+    ],
+)
+def test_an_error_frame_raises(data: str, message: str, code: int | None) -> None:
+    with pytest.raises(PeerFailure, match=message) as caught:
+        Reading().frame(data)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"result": {"response": "Hi", "usage": {"prompt_tokens": 1, "completion_tokens": 2}}, "success": True},
+        {"response": "Hi", "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+        {
+            "choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 2},
+        },
+    ],
+)
+def test_a_whole_answer_in_its_envelopes(data: Any) -> None:
+    reading = Reading()
+    assert reading.body(json.dumps(data)) == "Hi"
+    assert reading.last(100) == Chunk(finish_reason="stop", usage=Usage(1, 2))
+
+
+@pytest.mark.parametrize("data", ['{"result":{},"success":true}', '{"result":null,"success":true}', "[]", "<html>"])
+def test_a_whole_answer_without_a_response_is_a_failure(data: str) -> None:
+    with pytest.raises(PeerFailure):
+        Reading().body(data)

@@ -1,0 +1,453 @@
+"""The Workers AI client against a real socket that plays scripts."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
+from mistral_nb.errors import (
+    AuthenticationError,
+    BackendError,
+    ConfigurationError,
+    ConnectionFailed,
+    ContextOverflow,
+    InvalidRequest,
+    MistralError,
+    ModelError,
+    RateLimited,
+    RequestTimeout,
+    StreamTruncated,
+    UnknownModel,
+)
+from mistral_nb.types import Chunk, GenerationRequest, Usage
+from tests.backends.scripted import PATIENCE, TOKEN, Peer, body, frame, head
+
+Make = Callable[..., WorkersAI]
+HELLO = GenerationRequest(prompt="Hello")
+BOUND = 0.2
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def collect(backend: WorkersAI, request: GenerationRequest = HELLO) -> tuple[list[Chunk], MistralError | None]:
+    chunks: list[Chunk] = []
+    try:
+        for chunk in backend.stream(request):
+            chunks.append(chunk)
+    except MistralError as error:
+        return chunks, error
+    return chunks, None
+
+
+def test_a_streamed_answer_and_what_was_asked(peer: Peer, client: Make) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    peer.scripts = [
+        [
+            head("200 OK", "text/event-stream", "x-mistral-nb-model: the%20one"),
+            frame({"response": "Hel", "p": "abc"}),
+            frame({"response": "lo "}),
+            frame({"response": 1}),
+            frame({"response": None, "usage": usage}),
+            frame("[DONE]"),
+            frame("[DONE]"),
+        ]
+    ]
+    chunks, error = collect(client(), GenerationRequest(prompt="Hi", seed=5, temperature=0))
+    assert error is None
+    assert [chunk.text for chunk in chunks] == ["Hel", "lo ", "1", ""]
+    assert chunks[-1] == Chunk(finish_reason="stop", usage=Usage(7, 3), model="the one")
+    [seen] = peer.seen
+    account = "0123456789abcdef0123456789abcdef"
+    path = f"/client/v4/accounts/{account}/ai/run/@cf/mistral/mistral-7b-instruct-v0.2-lora"
+    assert seen.line == f"POST {path} HTTP/1.1"
+    assert seen.headers["authorization"] == f"Bearer {TOKEN}"
+    assert seen.headers["content-type"] == "application/json"
+    assert seen.json == {"prompt": "Hi", "seed": 5, "temperature": 0, "max_tokens": 256, "stream": True}
+
+
+def test_one_byte_at_a_time(peer: Peer, client: Make) -> None:
+    stream = frame({"response": "Grüße 🙂"}).replace(b"\n", b"\r\n") + b"data: [DONE]"
+    peer.scripts = [[head(), *(stream[at : at + 1] for at in range(len(stream)))]]
+    chunks, error = collect(client())
+    assert error is None
+    assert text_of(chunks) == "Grüße 🙂"
+    assert chunks[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_plain_json_is_read_whatever_was_asked_for(peer: Peer, client: Make, asked: bool) -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    peer.scripts = [body({"result": {"response": "Hi", "usage": usage}, "success": True, "errors": [], "messages": []})]
+    chunks, error = collect(client(), GenerationRequest(prompt="Hello", stream=asked))
+    assert error is None
+    assert chunks == [Chunk(text="Hi"), Chunk(finish_reason="stop", usage=Usage(1, 2))]
+    assert peer.seen[0].json["stream"] is asked
+
+
+@pytest.mark.parametrize("cut", [(), ("reset",)])
+def test_an_end_without_a_mark_is_a_truncation_that_keeps_the_text(peer: Peer, client: Make, cut: Any) -> None:
+    read = threading.Event()
+    peer.scripts = [[head(), frame({"response": "Hel", "finish_reason": "stop"}), read, *cut]]
+    stream = client().stream(HELLO)
+    assert next(stream).text == "Hel"
+    read.set()
+    assert next(stream) == Chunk(finish_reason="truncated")
+    with pytest.raises(StreamTruncated, match="kept"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_a_chunked_body_that_breaks_off_is_a_truncation(peer: Peer, client: Make) -> None:
+    piece = frame({"response": "Hel"})
+    start = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    peer.scripts = [[start + f"{len(piece):x}\r\n".encode() + piece + b"\r\n"]]
+    chunks, error = collect(client())
+    assert [(chunk.text, chunk.finish_reason) for chunk in chunks] == [("Hel", None), ("", "truncated")]
+    assert isinstance(error, StreamTruncated)
+
+
+def test_an_error_frame_after_text_ends_the_answer_with_error(peer: Peer, client: Make) -> None:
+    failure = {"errors": [{"message": "AiError: out of capacity", "code": 3040}], "success": False}
+    peer.scripts = [[head(), frame({"response": "Hel"}), frame(failure)]]
+    chunks, error = collect(client())
+    assert [(chunk.text, chunk.finish_reason) for chunk in chunks] == [("Hel", None), ("", "error")]
+    assert isinstance(error, RateLimited)
+    assert error.code == 3040
+
+
+def test_an_error_frame_before_any_text_just_raises(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), frame({"response": ""}), frame({"error": "broken"})]]
+    chunks, error = collect(client())
+    assert chunks == []
+    assert isinstance(error, BackendError)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        ("401 Unauthorized", 10000, AuthenticationError),
+        ("403 Forbidden", 10000, AuthenticationError),
+        ("400 Bad Request", 6003, AuthenticationError),
+        ("403 Forbidden", 5018, AuthenticationError),
+        ("403 Forbidden", None, AuthenticationError),
+        ("400 Bad Request", 7000, BackendError),
+        ("404 Not Found", None, BackendError),
+        ("400 Bad Request", 5007, UnknownModel),
+        ("404 Not Found", 3042, UnknownModel),
+        ("410 Gone", 5028, ModelError),
+        ("410 Gone", None, ModelError),
+        ("400 Bad Request", 5006, BackendError),
+        ("405 Method Not Allowed", 5005, InvalidRequest),
+        ("404 Not Found", 3037, InvalidRequest),
+        ("400 Bad Request", 3039, InvalidRequest),
+        ("413 Too Large", 3006, InvalidRequest),
+        ("413 Too Large", None, InvalidRequest),
+        ("408 Timeout", 3046, RequestTimeout),
+        ("408 Timeout", None, RequestTimeout),
+        ("429 Too Many", 4006, RateLimited),
+        ("429 Too Many", 971, RateLimited),
+        ("429 Too Many", None, RateLimited),
+        ("503 Unavailable", None, BackendError),
+        ("500 Error", 3046, RequestTimeout),
+        ("418 Teapot", 99999, BackendError),
+        ("307 Redirect", None, BackendError),
+    ],
+)
+def test_failures_are_told_apart_by_code_and_then_by_status(
+    peer: Peer, client: Make, status: str, code: int | None, kind: type[MistralError]
+) -> None:
+    errors = [{"message": "AiError: AiError: what it says (12345678-1234-1234-1234-123456789abc)", "code": code}]
+    peer.scripts = [body({"errors": errors, "success": False, "result": {}, "messages": []}, status)]
+    chunks, error = collect(client(), GenerationRequest(prompt="Hello", lora="mine"))
+    assert chunks == []
+    assert type(error) is kind
+    assert "what it says (" in str(error)
+    assert "12345678" not in str(error)
+    if isinstance(error, BackendError):
+        assert error.code == code
+        assert error.status == int(status[:3])
+
+
+def test_success_false_with_status_200_is_a_failure(peer: Peer, client: Make) -> None:
+    peer.scripts = [body({"errors": [{"message": "no", "code": 3040}], "success": False, "result": {}})]
+    assert isinstance(collect(client())[1], RateLimited)
+
+
+def test_an_error_page_that_is_no_json(peer: Peer, client: Make) -> None:
+    page = b"<html>" + b"x" * 5000
+    peer.scripts = [[head("502 Bad Gateway", "text/html", "cf-ray: 8a1b-FRA") + page]]
+    error = collect(client())[1]
+    assert type(error) is BackendError
+    assert error.status == 502
+    assert "Bad Gateway" in str(error)
+    assert "8a1b-FRA" in str(error)
+    assert len(str(error)) < 200
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None)])
+def test_retry_after(peer: Peer, client: Make, header: str, seconds: float | None) -> None:
+    peer.scripts = [body({"errors": [{"message": "wait", "code": 971}]}, "429 Too Many", f"Retry-After: {header}")]
+    error = collect(client())[1]
+    assert isinstance(error, RateLimited)
+    assert error.retry_after == seconds
+
+
+def test_a_prompt_over_the_context_tells_both_numbers(peer: Peer, client: Make) -> None:
+    said = "The estimated number of input and maximum output tokens (5,012) exceeded this model context window (4096)"
+    peer.scripts = [body({"errors": [{"message": said, "code": 5021}]}, "413 Too Large")]
+    error = collect(client())[1]
+    assert isinstance(error, ContextOverflow)
+    assert (error.prompt_tokens, error.limit) == (5012, 4096)
+
+
+def test_nobody_there(client: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    chunks, error = collect(client(base_url=f"http://127.0.0.1:{port}"))
+    assert chunks == []
+    assert isinstance(error, ConnectionFailed)
+    assert f"127.0.0.1:{port}" in str(error)
+
+
+@pytest.mark.parametrize("script", [["reset"], [], [head()[:20]], [head(), b""]])
+def test_a_connection_that_breaks_before_the_first_text(peer: Peer, client: Make, script: Any) -> None:
+    peer.scripts = [script]
+    chunks, error = collect(client())
+    assert chunks == []
+    assert isinstance(error, ConnectionFailed | StreamTruncated)
+
+
+def test_a_peer_that_takes_no_connection_is_given_up(client: Make) -> None:
+    with full_house() as port:
+        error = collect(client(base_url=f"http://127.0.0.1:{port}", timeouts=Timeouts(0.2, 5, 5)))[1]
+    assert isinstance(error, RequestTimeout)
+    assert "0.2 s" in str(error)
+    assert "connect_timeout" in str(error)
+
+
+@pytest.mark.parametrize("script", [["hold"], [head(), "hold"], [head(), b": comment\n\n", "hold"]])
+def test_the_first_text_has_a_limit_of_its_own(peer: Peer, client: Make, script: Any) -> None:
+    peer.scripts = [script]
+    chunks, error = collect(client(timeouts=Timeouts(5, 0.2, 5)))
+    assert chunks == []
+    assert isinstance(error, RequestTimeout)
+    assert "first_token_timeout" in str(error)
+    assert peer.gone.wait(PATIENCE)
+
+
+def test_silence_after_the_first_text_has_another(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), frame({"response": "Hel"}), "hold"]]
+    chunks, error = collect(client(timeouts=Timeouts(5, 5, 0.2)))
+    assert [(chunk.text, chunk.finish_reason) for chunk in chunks] == [("Hel", None), ("", "error")]
+    assert isinstance(error, RequestTimeout)
+    assert "stall_timeout" in str(error)
+
+
+def test_no_limit_strikes_while_text_keeps_coming(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), "drip"]]
+    stream = client(timeouts=Timeouts(5, 0.3, 0.3)).stream(HELLO)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        assert next(stream).text == "drip "
+    stream.close()
+
+
+class full_house:
+    """A port whose queue of connections is full, so that a connection is neither taken nor refused."""
+
+    def __enter__(self) -> int:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self._waiting = []
+        for _ in range(4):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(self._listener.getsockname())
+            self._waiting.append(waiting)
+        return int(self._listener.getsockname()[1])
+
+    def __exit__(self, *error: object) -> None:
+        for waiting in [*self._waiting, self._listener]:
+            waiting.close()
+
+
+def closed_while_reading(backend: WorkersAI, reached: Callable[[], None] | None = None) -> tuple[list[Chunk], float]:
+    """Closes a stream from this thread while another one reads it; the chunks, and seconds until the reader knew.
+
+    It is closed once `reached` returns, else once there is text.
+    """
+    stream = backend.stream(HELLO)
+    chunks: list[Chunk] = []
+    ended: list[float] = []
+    begun = threading.Event()
+
+    def reader() -> None:
+        for chunk in stream:
+            chunks.append(chunk)
+            begun.set()
+        ended.append(time.perf_counter())
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    if reached is None:
+        wait_for(begun)
+    else:
+        reached()
+    start = time.perf_counter()
+    stream.close()
+    thread.join(PATIENCE)
+    return chunks, ended[0] - start
+
+
+def test_closing_wakes_a_reader_that_waits_for_a_connection(client: Make) -> None:
+    with full_house() as port:
+        chunks, seconds = closed_while_reading(client(base_url=f"http://127.0.0.1:{port}"), lambda: None)
+    assert chunks == [Chunk(finish_reason="cancelled")]
+    assert seconds < BOUND
+
+
+def test_closing_wakes_a_reader_in_a_tls_handshake(client: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        accepted: list[socket.socket] = []
+
+        def in_handshake() -> None:
+            accepted.append(silent.accept()[0])
+            assert accepted[0].recv(1)
+
+        chunks, seconds = closed_while_reading(client(base_url=f"https://127.0.0.1:{port}"), in_handshake)
+        accepted[0].settimeout(PATIENCE)
+        while accepted[0].recv(4096):
+            pass
+        accepted[0].close()
+    assert chunks == [Chunk(finish_reason="cancelled")]
+    assert seconds < BOUND
+
+
+@pytest.mark.parametrize("script", [["hold"], [head(), "hold"], [head(), frame({"response": ""}), "hold"]])
+def test_closing_wakes_a_reader_before_the_first_text_and_hangs_up(peer: Peer, client: Make, script: Any) -> None:
+    peer.scripts = [script]
+    chunks, seconds = closed_while_reading(client(), lambda: wait_for(peer.asked))
+    assert chunks == [Chunk(finish_reason="cancelled")]
+    assert seconds < BOUND
+    assert peer.gone.wait(BOUND)
+
+
+def test_closing_wakes_a_reader_between_two_texts_and_hangs_up(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), "drip"]]
+    chunks, seconds = closed_while_reading(client())
+    assert text_of(chunks).startswith("drip ")
+    assert chunks[-1] == Chunk(finish_reason="cancelled")
+    assert seconds < BOUND
+    assert peer.gone.wait(BOUND)
+
+
+def test_a_stream_that_nobody_holds_hangs_up(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), "drip"]]
+    stream = client().stream(HELLO)
+    assert next(stream).text == "drip "
+    del stream
+    assert peer.gone.wait(BOUND)
+
+
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("extension", [{"stop": ("end",)}, {"lora_scale": 0.5}])
+def test_extensions_of_the_local_engine_are_refused_before_sending(peer: Peer, client: Make, extension: Any) -> None:
+    with pytest.raises(InvalidRequest, match="--backend local") as caught:
+        client().stream(GenerationRequest(prompt="Hello", **extension))
+    assert caught.value.field in extension
+    assert not peer.accepted.is_set()
+
+
+def test_the_local_engine_takes_its_extensions(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), frame("[DONE]")]]
+    collect(client(engine=True), GenerationRequest(prompt="Hello", stop=("end",)))
+    assert peer.seen[0].json["stop"] == ["end"]
+
+
+def test_no_proxy_of_the_environment_sees_the_local_engine(
+    peer: Peer, client: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer.scripts = [[head(), frame({"response": "direct"}), frame("[DONE]")]]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nowhere = free.getsockname()[1]
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{nowhere}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert text_of(collect(client(engine=True))[0]) == "direct"
+    assert isinstance(collect(client(engine=False))[1], ConnectionFailed)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/client/v4",
+        "http://127.0.0.1.example.com",
+        "ftp://127.0.0.1",
+        "127.0.0.1:80",
+        "https://user:pass@example.com",
+        "https://example.com/?next=",
+        "https://example.com:port",
+        "",
+    ],
+)
+def test_a_base_url_that_would_expose_the_token_is_refused(client: Make, url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        client(base_url=url)
+
+
+@pytest.mark.parametrize("url", ["https://api.cloudflare.com/client/v4", "http://localhost:8000", "http://[::1]:80/v4"])
+def test_https_and_this_machine_are_fine(client: Make, url: str) -> None:
+    assert client(base_url=url).base_url == url
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ["reset"],
+        [head(), frame({"response": "a"}), "reset"],
+        body({"errors": [{"message": "no", "code": 10000}]}, "401 Unauthorized"),
+        [b"HTTP/1.1 banana\r\n\r\n"],
+        [head(), frame({"response": "a"}), frame({"error": "no"})],
+    ],
+)
+def test_the_token_shows_in_no_traceback_repr_or_log(
+    peer: Peer, client: Make, script: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    peer.scripts = [script]
+    backend = client()
+    error = collect(backend)[1]
+    assert error is not None
+    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    assert "Traceback" in shown
+    assert error.__context__ is None or TOKEN not in str(error.__context__)
+    assert peer.seen[0].headers["authorization"] == f"Bearer {TOKEN}"
+    for text in (shown, repr(backend), str(backend.describe()), caplog.text):
+        assert TOKEN not in text
+    with pytest.raises(TypeError, match="pickle"):
+        pickle.dumps(backend)
+
+
+def test_a_redirect_is_not_followed(peer: Peer, client: Make) -> None:
+    other = Peer()
+    peer.scripts = [[head("307 Temporary Redirect", "text/plain", f"Location: {other.url}")]]
+    error = collect(client())[1]
+    assert isinstance(error, BackendError)
+    assert error.status == 307
+    assert not other.accepted.is_set()
+    other.close()

@@ -1,0 +1,70 @@
+"""What every test shares: folders and settings of their own, and the marked groups' conditions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mistral_nb import models
+
+SETTINGS = ("MISTRAL_NB_", "CLOUDFLARE_")
+USER_CONFIG = os.environ.get("XDG_CONFIG_HOME")
+FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "XDG_CONFIG_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No account, no user's configuration file, and a runtime and a log folder that end with the session.
+
+    `MISTRAL_NB_HOME` stays: a store that the caller names is used, so that a model is pulled once.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(SETTINGS) and name != "MISTRAL_NB_HOME":
+                patch.delenv(name)
+        folder = tmp_path_factory.mktemp("settings")
+        for name in FOLDERS:
+            (folder / name.lower()).mkdir(mode=0o700)
+            patch.setenv(name, str(folder / name.lower()))
+        yield
+
+
+@pytest.fixture(scope="session")
+def embedded(own_settings: None) -> Path:
+    """The embedded model's folder; pulled once, with the user's own pip settings, if the store does not hold it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if USER_CONFIG is None:
+            patch.delenv("XDG_CONFIG_HOME")
+        else:
+            patch.setenv("XDG_CONFIG_HOME", USER_CONFIG)
+        return models.pull("embedded")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the browser that the `browser` group drives; skips where there is none."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on the PATH: the browser group needs one (Debian: apt-get install chromium)")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that torch sees"))
+
+
+def has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

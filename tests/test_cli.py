@@ -1,0 +1,161 @@
+"""The command `mistral-nb`: what it prints and how it ends. Commands that need a running engine: tests/server."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from mistral_nb import __version__, models
+from mistral_nb.cli import _Bar, main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str, options: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    """`python -m mistral_nb` in a process of its own."""
+    command = [sys.executable, *options, "-m", "mistral_nb", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"mistral-nb {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "COMMAND"),
+        (["pull"], "model"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["serve", "--port", "65536"], "'65536' is not a port: a whole number from 0 to 65535"),
+        (["serve", "--port", "-1"], "'-1' is not a port"),
+        (["serve", "--idle-timeout", "soon"], "'soon' is not a time: seconds, 0 or more"),
+        (["serve", "--idle-timeout", "nan"], "'nan' is not a time"),
+        (["bench", "--runs", "0"], "'0' is not a count"),
+    ],
+)
+def test_bad_usage(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "pull", "stop", "bench", "demo"])
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"mistral-nb {command}" in shown
+    assert "--managed" not in shown
+
+
+def test_models_tells_what_is_known_and_what_is_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path))
+    own = tmp_path / "models" / "my-model"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text("{}" * 1_000_000)
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {model.name for model in models.KNOWN} | {"my-model"} <= {line.split()[0] for line in lines}
+    assert next(line for line in lines if line.startswith("my-model")).split()[1:3] == ["2", "MB"]
+    assert str(tmp_path) in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serve", "--model", "embeded"], "did you mean 'embedded'"),
+        (["serve"], "run: mistral-nb pull embedded"),
+        (["serve", "--model", "{folder}"], "config.json"),
+        (["pull", "nonsense"], "Known are"),
+        (["pull", "mistral-7b"], "place a checkpoint"),
+        (["stop", "nonsense"], "Known are"),
+    ],
+)
+def test_an_error_is_one_line_with_the_next_step(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path))
+    assert main([argument.format(folder=tmp_path) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mistral-nb: ")
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_without_engines_there_is_nothing_to_show_or_stop(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRAL_NB_RUNTIME_DIR", str(tmp_path))
+    assert main(["status"]) == 0
+    assert main(["stop"]) == 0
+    assert capsys.readouterr().out == "No engine is running.\n" * 2
+
+
+def test_a_log_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    done = run("serve", "--model", str(checkpoint), MISTRAL_NB_LOG_DIR=str(tmp_path / "file" / "logs"))
+    assert done.returncode == 1
+    assert f"{tmp_path}/file/logs cannot be written" in done.stderr
+    assert "MISTRAL_NB_LOG_DIR" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("serve", "torch", "local"), ("bench", "torch", "local"), ("demo", "nbclient", "demo")],
+)
+def test_without_its_packages_a_command_tells_how_to_install_them(
+    command: str, package: str, extra: str, tmp_path: Path
+) -> None:
+    """An interpreter without site-packages, and of the dependencies only the one that the command line needs."""
+    (tmp_path / "platformdirs").symlink_to(Path(platformdirs.__file__).parent)
+    done = run(command, options=("-S",), PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    assert done.returncode == 1
+    assert done.stderr.endswith(f': pip install "mistral-nb[{extra}]"\n')
+    assert package in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_bar_is_redrawn_on_a_terminal_only() -> None:
+    pty = pytest.importorskip("pty")
+    reader, writer = pty.openpty()
+    with open(writer, "w") as terminal:
+        bar = _Bar(terminal)
+        for done in (0, 46_435_520, 46_435_521, 92_871_040):
+            bar.show("Downloading", done, 92_871_040)
+        bar.show("Checking", 0, None)
+        bar.close()
+        shown = os.read(reader, 10_000).decode()
+    os.close(reader)
+    lines = shown.removesuffix("\r\n").split("\r")[1:]
+    assert len(lines) == 4, "a line that did not change is not written again"
+    assert lines[1].startswith(f"Downloading  [{'#' * 15}{' ' * 15}]  50%  46 of 93 MB")
+    assert len(lines[3]) == len(lines[2]), "the longer line before is painted over"
+    assert lines[3].rstrip() == "Checking"
+
+    file = io.StringIO()
+    bar = _Bar(file)
+    for done in (0, 1000, 2000):
+        bar.show("Downloading", done, 3000)
+    bar.show("Checking", 0, None)
+    bar.close()
+    assert file.getvalue() == "Downloading\nChecking\n"

@@ -1,0 +1,401 @@
+"""Engine processes as their clients see them: real processes, the real model, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistral_nb import __version__, runtime
+from mistral_nb.answer import Answer
+from mistral_nb.backends import Local
+from mistral_nb.backends.pump import Pump
+from mistral_nb.config import load_settings
+from mistral_nb.engine_control import check, is_gone, status, stop
+from mistral_nb.errors import (
+    ConfigurationError,
+    EngineBusy,
+    EngineCrashed,
+    EngineStartError,
+    MissingDependency,
+    MistralError,
+    ModelError,
+)
+from mistral_nb.models import EMBEDDED
+from mistral_nb.runtime import EngineRecord
+from mistral_nb.types import Chunk, GenerationRequest
+from tests.backends.scripted import PATIENCE, Peer, eventually, head
+
+ROOT = Path(__file__).resolve().parent.parent
+BOUND = 0.2
+SHORT = GenerationRequest(prompt="What is the capital of France?", max_tokens=8, temperature=0)
+LONG = GenerationRequest(prompt="Write a very long story.", max_tokens=4000, temperature=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def playground(own_settings: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders of this module's own: its tests use the engine that is there, and leave one or none."""
+    folder = tmp_path_factory.mktemp("playground")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MISTRAL_NB_RUNTIME_DIR", str(folder))
+        patch.setenv("MISTRAL_NB_LOG_DIR", str(folder))
+        yield folder
+        stop(load_settings(), force=True)
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folders of one test's own, with no engine in them."""
+    monkeypatch.setenv("MISTRAL_NB_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("MISTRAL_NB_LOG_DIR", str(tmp_path / "log"))
+    yield tmp_path
+    stop(load_settings(), force=True)
+
+
+def local(**settings: Any) -> Local:
+    return Local(load_settings(settings))
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def record() -> EngineRecord:
+    found = runtime.read_record(EMBEDDED)
+    assert found
+    return found
+
+
+def until(stream: Pump, wanted: str) -> None:
+    """Read up to a status, or up to the first text for "text"."""
+    for chunk in stream:
+        if chunk.status.startswith(wanted) or (wanted == "text" and chunk.text):
+            return
+    raise AssertionError(f"{wanted!r} did not come")
+
+
+def close_while_blocked(stream: Pump) -> float:
+    """Close from here while another thread reads on; seconds until that thread has the last chunk, a cancelled one."""
+    ended: list[tuple[float, list[Chunk]]] = []
+    reader = threading.Thread(target=lambda: ended.append(((rest := list(stream)) and time.perf_counter(), rest)))
+    reader.start()
+    start = time.perf_counter()
+    stream.close()
+    reader.join(PATIENCE)
+    at, chunks = ended[0]
+    assert chunks[-1] == Chunk(finish_reason="cancelled")
+    return at - start
+
+
+def test_closing_while_the_engine_starts_and_while_it_loads_leaves_one_engine(alone: Path) -> None:
+    seconds = []
+    for wanted in ("Starting the engine", "Loading the model"):
+        stream = local().stream(SHORT)
+        until(stream, wanted)
+        seconds.append(close_while_blocked(stream))
+    assert max(seconds) < BOUND
+    first = record().pid
+    chunks = list(local().stream(SHORT))
+    assert "Paris" in text_of(chunks)
+    assert record().pid == first
+    [engine] = status(load_settings())
+    assert engine.health
+    assert (engine.health.state, engine.health.active) == ("ready", 0)
+
+
+def test_what_a_first_question_shows_until_its_answer(alone: Path) -> None:
+    start = time.perf_counter()
+    seen = [chunk.status or "text" for chunk in local().stream(SHORT) if not chunk.finish_reason]
+    print(f"from nothing to the end of a short answer: {time.perf_counter() - start:.1f} s")
+    assert seen[:3] == ["Starting the engine", "Loading the model", "text"]
+    assert set(seen[2:]) == {"text"}
+    assert [chunk.status for chunk in local().stream(SHORT) if chunk.status] == []
+
+
+def test_an_engine_that_is_killed_in_the_middle_is_told_and_the_next_answer_comes() -> None:
+    answer = Answer(local(), LONG)
+    assert next(text for text in answer if text.text)
+    os.kill(record().pid, signal.SIGKILL)
+    with pytest.raises(EngineCrashed) as caught:
+        collections.deque(answer, maxlen=0)
+    assert caught.value.result
+    assert caught.value.result.text
+    assert caught.value.result.finish_reason == "error"
+    assert "SIGKILL" in str(caught.value)
+    assert str(runtime.log_path(EMBEDDED)) in str(caught.value)
+    assert "ready after" in str(caught.value)
+    assert list(answer) == []
+    assert "Paris" in text_of(list(local().stream(SHORT)))
+
+
+def test_an_engine_that_is_killed_while_it_loads_is_told() -> None:
+    stop(load_settings(), force=True)
+    stream = local().stream(SHORT)
+    until(stream, "Loading the model")
+    os.kill(record().pid, signal.SIGKILL)
+    with pytest.raises(EngineStartError, match="SIGKILL"):
+        list(stream)
+
+
+def test_a_record_whose_port_somebody_else_took_is_replaced() -> None:
+    stop(load_settings(), force=True)
+    other = Peer(scripts=[[head("401 Unauthorized", "application/json") + b"{}"]])
+    stale = EngineRecord(os.getpid(), other.port, "old", EMBEDDED, __version__, runtime.PROTOCOL, "old.log", 0.0)
+    runtime.write_record(stale)
+    assert "Paris" in text_of(list(local().stream(SHORT)))
+    assert record().port != other.port
+    other.close()
+
+
+def test_an_engine_that_ends_after_it_was_found_is_started_again() -> None:
+    stop(load_settings(), force=True)
+    going = Peer()
+    health = {"protocol": runtime.PROTOCOL, "version": __version__, "state": "ready", "model": EMBEDDED}
+    answer = head("200 OK", "application/json") + json.dumps(health).encode()
+    going.scripts = [[answer], [going.stop_listening, answer]]
+    found = EngineRecord(os.getpid(), going.port, "t", EMBEDDED, __version__, runtime.PROTOCOL, "x.log", 0.0)
+    runtime.write_record(found)
+    chunks = list(local().stream(SHORT))
+    assert [seen.line.split()[1] for seen in going.seen] == ["/engine/health", "/engine/health"]
+    assert "Paris" in text_of(chunks)
+    assert record().pid != os.getpid()
+    going.close()
+
+
+def test_only_an_engine_that_takes_the_token_counts() -> None:
+    silent = Peer(scripts=[["hold"]])
+    rude = Peer(scripts=[[head("200 OK", "text/html") + b"<html>"]])
+    stranger = Peer(scripts=[[head("200 OK", "application/json") + b'{"status": "fine"}']])
+    base = EngineRecord(os.getpid(), silent.port, "t", EMBEDDED, __version__, runtime.PROTOCOL, "x.log", 0.0)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert check(base, timeout=0.2) is None
+    assert check(replace(base, port=rude.port), timeout=5) is None
+    assert check(replace(base, port=stranger.port), timeout=5) is None
+    assert check(replace(base, pid=ended.pid, port=stranger.port), timeout=5) is None
+    for peer in (silent, rude, stranger):
+        peer.close()
+    assert check(replace(base, port=rude.port), timeout=5) is None
+
+
+OLD_VERSION = """
+import sys
+import mistral_nb
+mistral_nb.__version__ = "0.0.1"
+from mistral_nb.cli import main
+sys.exit(main(["serve", "--managed", "--model", "embedded"]))
+"""
+
+
+@pytest.fixture
+def old_engine(alone: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of an engine that says it is of another version."""
+    path = os.pathsep.join(str(root) for root in (ROOT, ROOT / "kernels"))
+    runtime.log_path(EMBEDDED)
+    process = subprocess.Popen([sys.executable, "-c", OLD_VERSION], env={**os.environ, "PYTHONPATH": path})
+    assert eventually(lambda: runtime.read_record(EMBEDDED) is not None)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_an_idle_engine_of_another_version_is_replaced(old_engine: subprocess.Popen[bytes]) -> None:
+    assert record().version == "0.0.1"
+    chunks = list(local().stream(SHORT))
+    assert "Replacing the engine" in [chunk.status for chunk in chunks]
+    assert "Paris" in text_of(chunks)
+    assert record().version == __version__
+    assert old_engine.wait(PATIENCE) == 0
+
+
+def test_a_busy_engine_of_another_version_is_left_alone(old_engine: subprocess.Popen[bytes]) -> None:
+    asker = threading.Thread(target=ask_over_the_wire, args=(record(),))
+    asker.start()
+    assert eventually(lambda: bool((health := check(record(), 5)) and health.active))
+    with pytest.raises(EngineBusy, match=r"0\.0\.1") as caught:
+        list(local().stream(SHORT))
+    assert "--force" in str(caught.value)
+    assert old_engine.poll() is None
+    with pytest.raises(EngineBusy):
+        stop(load_settings())
+    assert stop(load_settings(), "embedded", force=True) == [EMBEDDED]
+    assert is_gone(record_of(old_engine.pid))
+    asker.join(PATIENCE)
+
+
+def record_of(pid: int) -> EngineRecord:
+    return EngineRecord(pid, 1, "t", EMBEDDED, __version__, runtime.PROTOCOL, "x.log", 0.0)
+
+
+def ask_over_the_wire(engine: EngineRecord) -> None:
+    """A request that another client has under way; how it ends is not this one's business."""
+    connection = http.client.HTTPConnection(engine.host, engine.port, timeout=60)
+    body = json.dumps({"prompt": "Write a very long story.", "max_tokens": 4000, "stream": True})
+    connection.request(
+        "POST", f"/client/v4/accounts/a/ai/run/{EMBEDDED}", body, {"Authorization": f"Bearer {engine.token}"}
+    )
+    connection.getresponse().read()
+    connection.close()
+
+
+def test_status_and_stop() -> None:
+    list(local().stream(SHORT))
+    engine = record()
+    [found] = status(load_settings())
+    assert found.record == engine
+    assert found.health
+    assert found.health.pid == engine.pid
+    assert "CPU" in found.health.where or "H" in found.health.where
+    assert engine.token not in repr(found)
+    assert stop(load_settings(), "embedded") == [EMBEDDED]
+    assert is_gone(engine)
+    assert status(load_settings()) == []
+    assert stop(load_settings()) == []
+
+
+def test_a_dry_run_has_the_exact_tokens() -> None:
+    shown: list[str] = []
+    dry = local().tokenize(SHORT, shown.append)
+    [last] = [chunk for chunk in local().stream(SHORT) if chunk.usage]
+    assert last.usage
+    assert len(dry.tokens) == last.usage.prompt_tokens
+    assert "What is the capital of France?" in dry.prompt
+    assert dry.context == 8192
+    with pytest.raises(MistralError, match="surrogate"):
+        local().tokenize(GenerationRequest(prompt="half \ud800"))
+
+
+def broken_python(folder: Path) -> str:
+    """A folder for PYTHONPATH that makes every Python process end as it starts."""
+    (folder / "sitecustomize.py").write_text("raise SystemExit('this environment is broken')\n")
+    return str(folder)
+
+
+def test_a_process_that_ends_before_it_listens_is_told_with_its_log(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", broken_python(alone))
+    with pytest.raises(EngineStartError) as caught:
+        list(local().stream(SHORT))
+    assert "exit status 1" in str(caught.value)
+    assert "this environment is broken" in str(caught.value)
+    assert str(alone / "log") in str(caught.value)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_with_its_log(alone: Path) -> None:
+    folder = alone / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(EngineStartError, match="could not load") as caught:
+        list(Local(load_settings(), str(folder)).stream(SHORT))
+    assert str(alone / "log") in str(caught.value)
+
+
+def test_a_log_folder_that_cannot_be_written_stops_everything_before(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = alone / "file"
+    taken.write_text("")
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(alone / "store"))
+    with monkeypatch.context() as patch:
+        patch.setenv("MISTRAL_NB_LOG_DIR", str(taken))
+        with pytest.raises(ConfigurationError, match="MISTRAL_NB_LOG_DIR") as caught:
+            list(local().stream(SHORT))
+    assert str(taken) in str(caught.value)
+    assert runtime.read_record(EMBEDDED) is None
+    assert not (alone / "store").exists()
+
+
+def test_without_torch_the_command_to_install_it_is_told(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # what Python takes for a module that is not there
+    with pytest.raises(MissingDependency) as caught:
+        list(local().stream(SHORT))
+    assert 'pip install "mistral-nb[local]"' in str(caught.value)
+
+
+def test_only_the_embedded_model_is_pulled_on_its_own(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(alone))
+    with pytest.raises(ModelError, match="not in the store"):
+        list(Local(load_settings(), "mistral-7b-instruct-v0.2").stream(SHORT))
+
+
+def test_closing_while_the_model_is_pulled_leaves_nothing(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Peer()
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(alone / "home"))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.port}/simple")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    stream = local().stream(SHORT)
+    until(stream, "Pulling the embedded model: downloading")
+    assert index.asked.wait(PATIENCE)
+    assert close_while_blocked(stream) < BOUND
+    assert index.gone.wait(PATIENCE)
+    assert eventually(lambda: list((alone / "home" / "models").glob(".staging*")) == [])
+    assert runtime.read_record(EMBEDDED) is None
+    index.close()
+
+
+def python(script: str, **options: Any) -> subprocess.Popen[str]:
+    path = os.pathsep.join(str(root) for root in (ROOT, ROOT / "kernels"))
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}, **options
+    )
+
+
+def test_two_notebooks_that_start_at_once_share_one_engine(alone: Path) -> None:
+    script = """
+        import mistral_nb
+        from mistral_nb import runtime
+        answer = mistral_nb.ask("What is the capital of France?", backend="local", max_tokens=8, temperature=0)
+        print(runtime.read_record("smollm2-135m-instruct").pid, "Paris" in answer.text)
+    """
+    both = [python(script) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0].split() for process in both]
+    assert said[0] == said[1] == [str(record().pid), "True"]
+    log = runtime.log_path(EMBEDDED).read_text()
+    assert log.count("loading from") == 1
+
+
+def test_the_engine_survives_an_interrupt_of_the_notebooks_process_group(alone: Path) -> None:
+    script = """
+        import time
+        import mistral_nb
+        from mistral_nb import runtime
+        answer = mistral_nb.stream("Write a very long story.", backend="local", max_tokens=4000)
+        try:
+            for chunk in answer:
+                if chunk.text:
+                    print("text", flush=True)
+        except KeyboardInterrupt:
+            answer.close()
+        print(answer.result.finish_reason, bool(answer.result.text))
+        start = time.perf_counter()
+        after = mistral_nb.ask("What is the capital of France?", backend="local", max_tokens=8, temperature=0)
+        print("Paris" in after.text, after.timings.ttft < 2, runtime.read_record("smollm2-135m-instruct").pid)
+    """
+    notebook = python(script, start_new_session=True)
+    assert notebook.stdout
+    assert notebook.stdout.readline() == "text\n"
+    engine = record()
+    os.killpg(notebook.pid, signal.SIGINT)
+    said = [line.strip() for line in notebook.stdout if line != "text\n"]
+    notebook.stdout.close()
+    assert notebook.wait(PATIENCE) == 0
+    assert said == ["cancelled True", f"True True {engine.pid}"]
+    assert not is_gone(engine)
