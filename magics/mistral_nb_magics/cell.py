@@ -1,0 +1,250 @@
+"""The magic: `%%mistral` asks with the text of the cell, `%mistral` with the text of the line."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from IPython.core.displayhook import DisplayHook
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+from traitlets import Bool, Unicode
+
+from mistral_nb.answer import Answer, Result
+from mistral_nb.config import BACKENDS, Settings, load_settings
+from mistral_nb.errors import ConfigurationError, MistralError
+from mistral_nb.types import Chunk
+from mistral_nb_magics.commands import COMMANDS, find_command
+from mistral_nb_magics.display import Style, is_notebook, make_display, mark_of, show_result
+from mistral_nb_magics.options import Call, config_traits, mistral_arguments, read_call
+from mistral_nb_magics.stream import Interrupts, follow
+
+if TYPE_CHECKING:
+    from mistral_nb.backends import Selection
+    from mistral_nb.backends.base import DryRun
+
+__all__ = ["Mistral"]
+
+T = TypeVar("T")
+
+MANUAL = f"""Ask Mistral-7B-Instruct, and watch the answer come.
+
+    %%mistral --temperature 0
+    Explain {{{{topic}}}} in two sentences.
+
+    %mistral Why is the sky blue? --max-tokens 60
+    answer = %mistral Why is the sky blue?
+
+The prompt is the body of the cell, or the text of the line; `%mistral` needs no quotes around it. Options may stand
+before or after the text; after a lone -- everything is text. `{{{{name}}}}`, `{{{{name.attribute}}}}` and
+`{{{{name[0]}}}}` put in the values of your variables.
+
+The answer is shown once, while it comes. Its Result is the value of the cell (`_`, `Out[n]`), goes into a variable with
+-o NAME, and is shown again by `%mistral last`. An interrupt keeps the text so far, and stops Run All.
+
+A line that is one of these words, with nothing but options after it, is a command and no prompt:
+
+{chr(10).join(f"    %mistral {name:<8} {told}" for name, (told, _) in COMMANDS.items())}
+
+`%config Mistral` lists the defaults of the options, and sets them: `%config Mistral.temperature = 0`."""
+
+
+@magics_class
+class Mistral(Magics):
+    """Defaults for `%mistral` and `%%mistral`; an option on the line comes before them."""
+
+    backend = Unicode("", help=f"Who answers: {', '.join(BACKENDS)}; empty leaves it to the settings.").tag(config=True)
+    model = Unicode("", help="The model; empty is the backend's own choice.").tag(config=True)
+    system = Unicode("", help="The system text before each prompt; empty for none.").tag(config=True)
+    footer = Bool(True, help="Show under the answer who gave it, why they did, and how fast.").tag(config=True)
+    locals().update(config_traits())
+
+    last: Result | None = None
+    """The last answer, whole or partial."""
+
+    @mistral_arguments(MANUAL)
+    @line_cell_magic
+    @no_var_expand
+    def mistral(self, line: str, cell: str | None = None) -> Result | None:
+        command = find_command(line) if cell is None else None
+        with _short_errors():
+            if command:
+                return self._command(*command)
+            call = read_call(_MAGIC.parser, line, cell, self._defaults(), self._shell.user_ns)
+            from mistral_nb.backends import resolve
+
+            selection = resolve(self._settings(), backend=call.backend, model=call.model)
+            if call.dry_run:
+                self._dry_run(call, selection)
+                return None
+            return self._ask(call, selection)
+
+    @property
+    def _shell(self) -> Any:
+        assert self.shell is not None
+        return self.shell
+
+    def _settings(self) -> Settings:
+        return load_settings({"backend": self.backend, "model": self.model})
+
+    def _defaults(self) -> dict[str, Any]:
+        return {"system": self.system or None, **{name: getattr(self, name) for name in config_traits()}}
+
+    def _ask(self, call: Call, selection: Selection) -> Result:
+        who = selection.backend.describe()
+        style = Style(call.format, f"Asking {who.model}", selection.why, self.footer)
+        display = make_display(self._shell, style)
+        answer = Answer(selection.backend, call.request)
+        with Interrupts() as interrupts:
+            error = follow(answer, display, interrupts)
+            result = self.last = answer.result
+            if call.out:
+                self._shell.user_ns[call.out] = result
+            display.finish(result, error)
+        if error:
+            raise error
+        self._follow_up(result, call.format)
+        return self._already_shown(result)
+
+    def _follow_up(self, result: Result, form: str) -> None:
+        if form == "code":
+            self._shell.set_next_input("\n".join(result.code) or result.text, replace=False)
+        if form == "json":
+            try:
+                _ = result.json
+            except ValueError as error:
+                raise MistralError(str(error)) from None
+
+    def _dry_run(self, call: Call, selection: Selection) -> None:
+        tokenize = getattr(selection.backend, "tokenize", None)
+        if tokenize is None:
+            raise ConfigurationError(
+                f"the backend {selection.backend.name} does not show its tokens: for a dry run add --backend local"
+            )
+        found = self._work(f"Asking {selection.backend.describe().model}", lambda say: tokenize(call.request, say))
+        if call.out:
+            self._shell.user_ns[call.out] = found
+        print(_dry_run_report(found, call))
+
+    def _work(self, waiting: str, job: Callable[[Callable[[str], None]], T]) -> T:
+        """What `job(say)` returns, with the lines that it says shown meanwhile. An interrupt ends it."""
+        from mistral_nb.backends.pump import Emit, HungUp, Line, Pump
+
+        done: list[T] = []
+
+        def produce(line: Line, emit: Emit) -> None:
+            def say(status: str) -> None:
+                if line.hung_up:
+                    raise HungUp
+                emit(Chunk(status=status))
+
+            done.append(job(say))
+
+        display = make_display(self._shell, Style(waiting=waiting))
+        with Interrupts() as interrupts:
+            error = follow(Pump(produce), display, interrupts)
+            display.conclude(mark_of(error))
+        if error:
+            raise error
+        return done[0]
+
+    def _command(self, name: str, options: Namespace) -> Result | None:
+        match name:
+            case "last":
+                return self._show_last()
+            case "pull":
+                self._pull(options.name)
+            case "stop":
+                from mistral_nb.engine_control import stop
+
+                stopped = stop(self._settings(), options.model, options.force)
+                print(f"Stopped {', '.join(stopped)}." if stopped else "No engine is running.")
+            case "help":
+                print(_MAGIC.__doc__)
+            case _:
+                print(self._report(name))
+        return None
+
+    def _report(self, name: str) -> str:
+        from mistral_nb.report import models_table, status_report
+
+        if name == "models":
+            return models_table()
+        status = status_report(self._settings())
+        return status if name == "status" else f"{status}\n\n{_MAGIC.__doc__}"
+
+    def _pull(self, model: str | None) -> None:
+        if model is None:
+            raise UsageError("which model? Such as: %mistral pull embedded")
+        from mistral_nb.models import Progress, canonical, pull
+
+        def job(say: Callable[[str], None]) -> Path:
+            def progress(now: Progress) -> None:
+                share = f" {min(now.done / now.total, 1):.0%}" if now.total else ""
+                say(f"Pulling {model}: {now.step.lower()}{share}")
+
+            return pull(model, progress)
+
+        name = canonical(model)
+        print(f"{name} is in {self._work(f'Looking for {name}', job)}")
+
+    def _show_last(self) -> Result:
+        if self.last is None:
+            raise UsageError("there is no answer yet: ask with %%mistral first")
+        show_result(self._shell, self.last)
+        return self._already_shown(self.last)
+
+    def _already_shown(self, result: Result) -> Result:
+        """`result`, which the display hook leaves out until this cell has ended: it was shown while it came."""
+        printers = self._shell.display_formatter.ipython_display_formatter
+
+        def show(value: Result) -> None:
+            if value is not result or not _in_display_hook():
+                show_result(self._shell, value)
+            elif not is_notebook(self._shell):
+                print("<Result, shown above>")
+
+        def forget(*_: Any) -> None:
+            printers.pop(Result, None)
+            self._shell.events.unregister("post_run_cell", forget)
+
+        printers.for_type(Result, show)
+        self._shell.events.register("post_run_cell", forget)
+        return result
+
+
+_MAGIC: Any = vars(Mistral)["mistral"]
+"""The magic as a function, with its options in `parser` and its manual in `__doc__`."""
+
+
+def _in_display_hook() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame and frame.f_code is not DisplayHook.__call__.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _dry_run_report(found: DryRun, call: Call) -> str:
+    count, wanted = len(found.tokens), call.request.max_tokens
+    room = found.context - count
+    fits = f"{room} left for the answer" if room > 0 else f"{-room} too many"
+    return (
+        f"{found.prompt}\n\n{count} tokens of a context of {found.context}, {fits}; asked for at most {wanted}\n"
+        f"{' '.join(map(str, found.tokens))}"
+    )
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """Errors that the user can do something about fail the cell with their message alone, without a traceback."""
+    try:
+        yield
+    except (MistralError, KeyboardInterrupt) as error:
+        lines = [f"{type(error).__name__}: {error}".removesuffix(": ")]
+        vars(error)["_render_traceback_"] = lambda: lines
+        raise

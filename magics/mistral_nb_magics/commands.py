@@ -1,0 +1,62 @@
+"""`%mistral status` and the other words that are no prompt."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic_arguments import MagicArgumentParser
+
+from mistral_nb_magics.interpolate import near_miss
+
+__all__ = ["COMMANDS", "find_command"]
+
+
+def _parser(*options: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = MagicArgumentParser()  # type: ignore[no-untyped-call]
+    parser.allow_abbrev = False
+    for name, settings in options:
+        parser.add_argument(name, **settings)
+    return parser
+
+
+COMMANDS: dict[str, tuple[str, argparse.ArgumentParser]] = {
+    "status": ("who would answer and why, the running engines, the settings", _parser()),
+    "last": ("the last answer again", _parser()),
+    "models": ("the models that are known, and those that are installed", _parser()),
+    "stop": (
+        "end the running engines; --model NAME ends one, --force also one that is answering",
+        _parser(("--model", {}), ("--force", {"action": "store_true"})),
+    ),
+    "pull": ("fetch a model into the store: %mistral pull embedded", _parser(("name", {"nargs": "?"}))),
+    "help": ("this manual", _parser()),
+}
+"""What each command does, and its options."""
+
+
+def find_command(line: str) -> tuple[str, argparse.Namespace] | None:
+    """The command that a line is, with its options; None for a prompt.
+
+    A line is a command when its first word is a command's name and nothing but options comes after it (for `pull`, one
+    word). An empty line is the command "". Raises `UsageError` for an unknown option.
+    """
+    words = line.split()
+    if not words:
+        return "", argparse.Namespace()
+    if words[0] not in COMMANDS:
+        return None
+    parser = COMMANDS[words[0]][1]
+    try:
+        arguments = shlex.split(line)[1:]
+    except ValueError:
+        return None
+    options, rest = parser.parse_known_args(arguments)
+    if any(not word.startswith("-") for word in rest):
+        return None
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        told = f"{near_miss(rest[0], known)}" if known else "; it takes none"
+        raise UsageError(f"unknown option {rest[0]} of %mistral {words[0]}{told}")
+    return words[0], options

@@ -1,0 +1,123 @@
+"""Following an answer while it comes: a thread reads it, the main thread shows it and takes the interrupt."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+from mistral_nb.types import Chunk
+
+__all__ = ["Interrupts", "Source", "Surface", "follow"]
+
+_END = object()
+_INTERRUPT = object()
+_CLOSING_LIMIT = 2.0
+# Seconds. On Windows a signal does not wake a thread that waits for a queue.
+_POLL = 0.1 if sys.platform == "win32" else None
+
+
+class Source(Protocol):
+    """What is followed: an `Answer` or another stream of chunks."""
+
+    def __iter__(self) -> Iterator[Chunk]: ...
+
+    def close(self) -> None: ...
+
+
+class Surface(Protocol):
+    """Where an answer is shown while it comes. Used by one thread."""
+
+    def add(self, chunk: Chunk) -> None:
+        """Take a chunk; show it now or at the next flush."""
+
+    def due(self) -> float | None:
+        """Seconds until `flush` should be called; None when nothing waits to be shown."""
+
+    def flush(self) -> None:
+        """Show what was added."""
+
+
+class Interrupts:
+    """While it is entered, an interrupt is an event in `events`, so that nothing is lost halfway.
+
+    The third one raises `KeyboardInterrupt` at once. Outside the main thread, where no interrupt arrives, it only holds
+    the events.
+    """
+
+    def __init__(self) -> None:
+        self.events: SimpleQueue[Any] = SimpleQueue()
+        self._count = 0
+        self._former: Any = None
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGINT, self._former)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        self.events.put(_INTERRUPT)
+        if self._count > 2:
+            raise KeyboardInterrupt
+
+
+def follow(source: Source, surface: Surface, interrupts: Interrupts) -> BaseException | None:
+    """Show `source` on `surface` until it ends: None, or what ended it.
+
+    What ended it is the error that reading raised, or `KeyboardInterrupt` after an interrupt, which closes `source`.
+    """
+    events = interrupts.events
+    threading.Thread(target=_read, args=(source, events), name="mistral-nb cell", daemon=True).start()
+    while True:
+        due = surface.due()
+        if due is not None and due <= 0:
+            surface.flush()
+            continue
+        try:
+            event = events.get(timeout=_POLL if due is None else due)
+        except Empty:
+            continue
+        if isinstance(event, Chunk):
+            surface.add(event)
+        elif event is _INTERRUPT:
+            source.close()
+            _drain(events, surface)
+            return KeyboardInterrupt("stopped: the text so far is kept")
+        else:
+            return None if event is _END else event
+
+
+def _read(source: Source, events: SimpleQueue[Any]) -> None:
+    try:
+        for chunk in source:
+            events.put(chunk)
+    except BaseException as error:  # raised again by the main thread
+        events.put(error)
+    else:
+        events.put(_END)
+
+
+def _drain(events: SimpleQueue[Any], surface: Surface) -> None:
+    """Take what was read before the source was closed."""
+    deadline = time.monotonic() + _CLOSING_LIMIT
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            event = events.get(timeout=left)
+        except Empty:
+            return
+        if isinstance(event, Chunk):
+            surface.add(event)
+        elif event is not _INTERRUPT:
+            return

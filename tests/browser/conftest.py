@@ -1,0 +1,96 @@
+"""A real JupyterLab server and a real Chromium page on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Locator, Page, sync_playwright
+
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Lab:
+    """A JupyterLab server on a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token = secrets.token_hex(16)
+        runtime = folder / ".runtime"
+        self._log = (folder / "server.log").open("wb")
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0"),
+                *(f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={self.token}"),
+                "--LabApp.news_url=None",
+            ],
+            env={**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
+        self.url = self._wait(runtime)
+
+    def _wait(self, runtime: Path, seconds: float = 60) -> str:
+        """The server's address, from the file that it writes once it listens."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._process.poll() is None:
+            for path in runtime.glob("jpserver-*.json"):
+                return str(json.loads(path.read_text())["url"])
+            time.sleep(0.1)
+        raise RuntimeError(f"JupyterLab did not start:\n{(self.folder / 'server.log').read_text()}")
+
+    def address(self, notebook: str) -> str:
+        return f"{self.url}lab/tree/{notebook}?token={self.token}&reset"
+
+    def open(self, page: Page, notebook: str, cells: Sequence[str]) -> list[Locator]:
+        """Open a new notebook with `cells` in `page`, its kernel idle; returns the cells."""
+        book = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(source) for source in cells],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        )
+        nbformat.write(book, self.folder / notebook)
+        page.goto(self.address(notebook))
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+        return [page.locator(".jp-Notebook .jp-CodeCell").nth(index) for index in range(len(cells))]
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, chromium: str) -> Iterator[Lab]:
+    server = Lab(tmp_path_factory.mktemp("lab"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def page(chromium: str) -> Iterator[Page]:
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=CHROMIUM)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()

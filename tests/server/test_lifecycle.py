@@ -1,0 +1,179 @@
+"""From start to end: listening while it loads, ready, failed, idle, stopped, replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_nb import runtime
+from tests.server.engines import DEADLINE, MODEL, Engines, EngineUnderTest, eventually, frames, run_path
+
+SHORT = {"prompt": "Name three colours.", "temperature": 0, "max_tokens": 8}
+LONG = {"prompt": "Write a very long story about a lighthouse.", "temperature": 0, "max_tokens": 4000, "stream": True}
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`mistral-nb` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mistral_nb", *arguments], capture_output=True, text=True, timeout=DEADLINE
+    )
+
+
+def assert_ended(engine: EngineUnderTest, status: int, reason: str) -> None:
+    """The process has ended, its record is gone, and its log says why."""
+    assert engine.process.wait(DEADLINE) == status
+    assert runtime.read_record(engine.record.model) is None
+    assert reason in engine.log()
+
+
+def test_in_the_foreground(engines: Engines) -> None:
+    """Requests wait for the model or go away; the terminal shows how to call it; Ctrl+C ends it."""
+    engine = engines.start()
+    assert engine.health()["state"] == "loading"
+    body = json.dumps(SHORT).encode()
+    head = f"POST {run_path()} HTTP/1.1\nContent-Length: {len(body)}"
+    impatient = engine.raw(head, body)
+    eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
+    impatient.close()
+    eventually(lambda: engine.health()["active"] == 0, "the request is gone")
+    assert engine.health()["state"] == "loading", "it went away while the model was loading"
+    assert engine.post(SHORT).json()["success"], "a request that came early waits"
+    assert engine.health()["state"] == "ready"
+
+    eventually(lambda: len(engine.printed) == 5, "the terminal shows how to call it")
+    shown = "".join(engine.printed)
+    assert engine.record.token not in shown
+    assert engine.record.log in shown
+    if shutil.which("curl"):
+        script = "".join(engine.printed[1:4]).replace('"stream"', '"max_tokens": 4, "stream"')
+        said = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout
+        assert said.endswith("data: [DONE]\n\n")
+
+    second = command("serve", "--model", "embedded")
+    assert second.returncode == 1
+    assert f"process {engine.process.pid}" in second.stderr
+    assert f"mistral-nb stop {MODEL}" in second.stderr
+    assert second.stderr.count("\n") == 1
+
+    state, row = command("status").stdout.splitlines()
+    assert state.split()[:2] == ["MODEL", "STATE"]
+    assert row.split()[:2] == [MODEL, "ready"]
+    assert row.split()[-2:] == [str(engine.process.pid), engine.record.base_url]
+
+    engine.process.send_signal(signal.SIGINT)
+    assert_ended(engine, 0, "stopping: signal SIGINT")
+
+
+def test_a_managed_process(engines: Engines) -> None:
+    """Signals of a terminal do not reach it, SIGTERM ends it with an error for whoever is reading."""
+    engine = engines.start("--managed")
+    engine.ready()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        engine.process.send_signal(number)
+    with engine.client.stream("POST", run_path(), json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        engine.process.send_signal(signal.SIGTERM)
+        *_, last = (line for line in lines if line)
+    (error,) = json.loads(last.removeprefix("data: "))["errors"]
+    assert error["code"] == 3043
+    assert "stopped (signal SIGTERM)" in error["message"]
+    assert_ended(engine, 0, "stopping: signal SIGTERM")
+    assert engine.printed == []
+
+
+def test_stop_by_request(engines: Engines) -> None:
+    """With force, in the middle of an answer. The process before it was killed and left its record behind."""
+    killed = engines.start("--managed")
+    killed.process.kill()
+    killed.process.wait()
+    assert runtime.read_record(MODEL) == killed.record
+    engine = engines.start("--managed")
+    engine.ready()
+    with engine.client.stream("POST", run_path(), json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        refused = command("stop")
+        assert refused.returncode == 1
+        assert "answering 1 request" in refused.stderr
+        assert command("stop", "--force", "embedded").stdout == f"Stopped {MODEL}.\n"
+        assert runtime.read_record(MODEL) is None, "nobody finds a process that is about to end"
+        assert any('"code":3043' in line for line in lines)
+    assert_ended(engine, 0, "stopping: by request")
+
+
+def test_stop_while_it_loads(engines: Engines) -> None:
+    engine = engines.start("--managed")
+    body = json.dumps(SHORT).encode()
+    with engine.raw(f"POST {run_path()} HTTP/1.1\nContent-Length: {len(body)}", body) as waiting:
+        eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
+        assert engine.health()["state"] == "loading"
+        engine.process.terminate()
+        assert waiting.recv(65_536).startswith(b"HTTP/1.1 503 ")
+    assert_ended(engine, 0, "stopping: signal SIGTERM")
+
+
+def test_it_ends_when_idle_and_not_before(engines: Engines) -> None:
+    engine = engines.start("--managed", "--idle-timeout", "0.5")
+    response = engine.post({**LONG, "max_tokens": 100})
+    assert response.elapsed.total_seconds() > 0.5, "the answer must take longer than the idle time to show anything"
+    assert frames(response)[-1] == "[DONE]"
+    assert_ended(engine, 0, "stopping: no request for 0.5 s")
+
+
+def test_a_model_that_cannot_be_loaded(engines: Engines, embedded: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken model"
+    broken.mkdir()
+    for file in embedded.iterdir():
+        if file.suffix != ".safetensors" and file.name != "mistral_nb.json":
+            shutil.copy(file, broken)
+    engine = engines.start("--managed", "--idle-timeout", "600", model=str(broken))
+    eventually(lambda: engine.health()["state"] == "failed", "the failure is told")
+    error = engine.health()["error"]
+    assert "safetensors" in error
+    response = engine.post(SHORT, model=str(broken))
+    assert response.status_code == 503
+    (told,) = response.json()["errors"]
+    assert told["code"] == 3043
+    assert error in told["message"]
+    assert engine.record.log in told["message"]
+    assert engine.process.poll() is None, "it stays for a while to tell why"
+    assert_ended(engine, 1, "Traceback")
+
+
+def test_a_process_whose_record_was_replaced_ends(engines: Engines) -> None:
+    """And leaves the other's record alone. While it loads or answers it goes on."""
+    engine = engines.start("--managed")
+    engine.ready()
+    other = dataclasses.replace(engine.record, pid=os.getpid(), token="another")
+    runtime.write_record(other)
+    assert engine.process.wait(DEADLINE) == 0
+    assert "its record" in engine.log()
+    assert runtime.read_record(MODEL) == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--port", "{port}"], "choose another --port"),
+        (["--host", "no-such-host.invalid"], "cannot listen on no-such-host.invalid"),
+    ],
+)
+def test_an_address_that_cannot_be_used(
+    engine: EngineUnderTest, engines: Engines, arguments: list[str], expected: str
+) -> None:
+    filled = [argument.format(port=engine.record.port) for argument in arguments]
+    process = engines.spawn(*filled)
+    _, error = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert expected in error
+    assert "Traceback" not in error
+    assert runtime.read_record(MODEL) is None

@@ -1,0 +1,130 @@
+"""Many clients at once: fast ones, slow ones, and ones that go away."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.server.engines import EngineUnderTest, eventually, run_path, text_of
+
+LONG = {"prompt": "Write a very long story about a lighthouse.", "temperature": 0, "max_tokens": 4000, "stream": True}
+SHORT = {"prompt": "Name three colours.", "temperature": 0, "max_tokens": 8}
+
+
+def ask_by_hand(engine: EngineUnderTest, body: dict[str, Any]) -> socket.socket:
+    """Send a request and read nothing."""
+    data = json.dumps(body).encode()
+    return engine.raw(f"POST {run_path()} HTTP/1.1\nContent-Length: {len(data)}", data)
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    data = b""
+    while mark not in data:
+        part = connection.recv(65_536)
+        assert part, data
+        data += part
+    return data
+
+
+def test_texts_do_not_depend_on_what_runs_beside_them(engine: EngineUnderTest) -> None:
+    """More requests than the engine's batch holds, streamed and plain, each as if it were alone."""
+    bodies = [
+        {**SHORT, "prompt": f"Tell me about the number {n}.", "seed": n, "temperature": 0.8} for n in range(1, 11)
+    ]
+    alone = [engine.post(body).json()["result"]["response"] for body in bodies]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        together = list(pool.map(lambda body: text_of(engine.post({**body, "stream": True})), bodies))
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_pieces_come_while_the_answer_is_being_written(engine: EngineUnderTest) -> None:
+    with engine.client.stream("POST", run_path(), json={**LONG, "max_tokens": 40}) as response:
+        times = [time.monotonic() for line in response.iter_lines() if line]
+    assert len(times) > 30
+    assert times[20] - times[0] > 0.02, "the pieces came all at once"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_ends_its_generation(engine: EngineUnderTest, streamed: bool) -> None:
+    engine.idle()
+    connection = ask_by_hand(engine, {**LONG, "stream": streamed})
+    if streamed:
+        read_until(connection, b"data: ")
+    else:
+        eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
+    started = time.monotonic()
+    connection.close()
+    engine.idle()
+    assert time.monotonic() - started < 2
+    assert engine.post(SHORT).status_code == 200
+
+
+def test_a_stream_closed_by_httpx_ends_too(engine: EngineUnderTest) -> None:
+    with engine.client.stream("POST", run_path(), json=LONG) as response:
+        next(response.iter_lines())
+    engine.idle()
+
+
+def test_a_client_that_waits_in_the_queue_may_go_away(engine: EngineUnderTest) -> None:
+    """The cache has room for two whole contexts: the third of these waits."""
+    engine.idle()
+    body = {**LONG, "max_tokens": 8000}
+    running = [ask_by_hand(engine, body) for _ in range(2)]
+    for connection in running:
+        read_until(connection, b"data: ")
+    waiting = ask_by_hand(engine, {**body, "prompt": "I wait."})
+    eventually(lambda: engine.health()["active"] == 3, "the third request has arrived")
+    waiting.close()
+    eventually(lambda: engine.health()["active"] == 2, "the third request is gone")
+    for connection in running:
+        assert connection.recv(65_536)
+        connection.close()
+    engine.idle()
+
+
+def test_a_refused_request_frees_its_place(engine: EngineUnderTest) -> None:
+    for body in ({**SHORT, "temperature": 9}, {**SHORT, "prompt": "word " * 9000}):
+        engine.post(body)
+        assert engine.health()["active"] == 0
+
+
+def test_stop_leaves_others_their_answers(engine: EngineUnderTest) -> None:
+    """Without force; the engine goes on for them and for everybody."""
+    engine.idle()
+    with engine.client.stream("POST", run_path(), json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        answer = engine.client.post("/engine/stop", json={"force": False})
+        assert (answer.status_code, answer.json()) == (409, {"stopping": False, "active": 1})
+        assert engine.client.post("/engine/stop").status_code == 409
+        assert next(line for line in lines if line).startswith("data: ")
+    engine.idle()
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"force": "yes"}', b'{"now": true}', b"[]"])
+def test_stop_refuses_what_it_does_not_understand(engine: EngineUnderTest, body: bytes) -> None:
+    assert engine.client.post("/engine/stop", content=body).json()["errors"][0]["code"] == 5006
+    assert engine.health()["state"] == "ready"
+
+
+def test_connections_that_send_nothing_are_no_harm(engine: EngineUnderTest) -> None:
+    """Held open by a client that never finishes its request, while another asks."""
+    silent = [engine.raw(f"POST {run_path()} HTTP/1.1\nContent-Length: 100", b"{") for _ in range(20)]
+    done = threading.Event()
+
+    def ask() -> None:
+        if engine.post(SHORT).status_code == 200:
+            done.set()
+
+    threading.Thread(target=ask).start()
+    assert done.wait(30)
+    for connection in silent:
+        connection.close()
+    engine.idle()
