@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -25,10 +25,11 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "quickstart.i
 CELL_SECONDS = 600
 
 
-class OwnInterpreter(KernelSpecManager):
-    """Gives the kernel of the interpreter that runs this, whatever kernels the user has installed."""
+class OwnInterpreter(AsyncKernelManager):
+    """Starts the kernel of the interpreter that runs this, whatever kernels the user has installed."""
 
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+    @property
+    def kernel_spec(self) -> KernelSpec:
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
 
@@ -96,10 +97,9 @@ def run(notebook: Path | None = None, out: TextIO = sys.stdout) -> int:
 
 def show(book: NotebookNode, folder: Path, out: TextIO) -> int:
     """Execute `book` in `folder`, leaving its outputs in it, and print them as they come; the exit status."""
-    manager = AsyncKernelManager(kernel_spec_manager=OwnInterpreter())
     client = Streaming(
         book,
-        km=manager,
+        kernel_manager_class=OwnInterpreter,
         timeout=CELL_SECONDS,
         resources={"metadata": {"path": os.fspath(folder)}},
         extra_arguments=["--log-level=ERROR"],

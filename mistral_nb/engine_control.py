@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import time
@@ -21,12 +22,24 @@ from mistral_nb.errors import EngineBusy, EngineError
 from mistral_nb.models import canonical
 from mistral_nb.runtime import PROTOCOL, EngineRecord
 
-__all__ = ["EngineStatus", "Health", "call", "check", "is_gone", "keep", "log_tail", "retire", "status", "stop"]
+__all__ = [
+    "Child",
+    "EngineStatus",
+    "Health",
+    "call",
+    "check",
+    "ended",
+    "is_gone",
+    "log_tail",
+    "retire",
+    "status",
+    "stop",
+]
 
 _STOP_LIMIT = 20.0
 _POLL = 0.05
 _TAIL_LINES = 12
-_children: dict[int, subprocess.Popen[bytes]] = {}
+_children: dict[int, Child] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +91,10 @@ def stop(settings: Settings, model: str | None = None, force: bool = False) -> l
 
     Raises `EngineBusy` for those that are answering, after the others have ended, unless `force`.
     """
-    wanted = None if model is None else canonical(model)
+    records = runtime.all_records()
+    wanted = model if model is None or model in {record.model for record in records} else canonical(model)
     stopped, busy = [], []
-    for record in runtime.all_records():
+    for record in records:
         if wanted not in (None, record.model):
             continue
         health = check(record, settings.connect_timeout)
@@ -156,9 +170,14 @@ def is_gone(record: EngineRecord) -> bool:
     return _reap(record.pid) or not runtime.is_running(record)
 
 
-def keep(child: subprocess.Popen[bytes]) -> None:
-    """Remember a process that was started here, so that its end is seen."""
-    _children[child.pid] = child
+class Child(subprocess.Popen[bytes]):
+    """A process that outlives this one on purpose, which the base class would warn of. Remembered to see its end."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _children[self.pid] = self
+
+    def __del__(self) -> None: ...
 
 
 def ended(pid: int) -> str:
@@ -176,7 +195,8 @@ def log_tail(path: str | Path, start: int = 0) -> str:
     """The last lines of a log, from byte `start` on, indented; a remark where there are none."""
     try:
         with Path(path).open("rb") as file:
-            file.seek(start)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(start if start <= size else 0)  # a log that grew too long was begun anew
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError as error:
         return f"  (not readable: {error.strerror or error})"

@@ -1,11 +1,12 @@
 r"""Markdown from a model, made safe to show: it reads the same, and nothing in it acts.
 
-Whoever shows `text/markdown` (JupyterLab, VS Code, nbconvert, GitHub) passes raw HTML through, each with a parser of its
-own. So the text is changed until no parser can find anything that acts: outside code every `<` becomes an entity; a link
-keeps its form only where its scheme is allowed; an image, which would be fetched on sight, becomes a link; a dollar or
-TeX delimiter that opens no formula is an entity, since a formula may swallow the fence of the code after it. Fenced code
-at the top level is written again in one plain form that all parsers read alike. Any other code whose text would act
-outside code (in a list, indented, between backticks) becomes a `<code>` element made of entities.
+Whoever shows `text/markdown` (JupyterLab, VS Code, nbconvert, GitHub) passes raw HTML through, each with a parser of
+its own. So the text is changed until no parser can find anything that acts: outside code every `<` becomes an entity;
+a link keeps its form only where its scheme is allowed; an image, which would be fetched on sight, becomes a link; a
+dollar or TeX delimiter that opens no formula is taken apart, since a formula may swallow the fence of the code after
+it, and TeX can make links. Fenced code at the top level is written again in one plain form that all parsers read
+alike. Any other code whose text would act outside code (in a list, indented, between backticks) becomes a `<code>`
+element made of entities.
 
 `\(..\)` and `\[..\]` become `$..$` and `$$..$$`, which is what notebooks typeset. A fence that is still open is closed.
 """
@@ -45,11 +46,16 @@ _SPECIAL = re.compile(
   | (?P<less><)
   | (?P<image>!(?=\[))
   | (?P<link>\](?=[(:]))
+  | (?P<entity>&(?:\#0*(?:36|92)|\#[xX]0*(?:24|5[cC])|dollar|bsol);?)
     """,
     re.VERBOSE,
 )
 _LINK = re.compile(r"\](?=[(:])")
 _TARGET = re.compile(r"[(:][\s>]*([^\s()]*)(\)?)")
+_ACTIVE_TEX = re.compile(
+    r"\\(?:href|url|style|class|cssId|data|require|includegraphics|mmlToken|csname|let|[gex]?def|(?:re)?new\w+)(?![a-zA-Z])"
+)
+_DOLLAR, _BACKSLASH = "<span>&#36;</span>", "<span>&#92;</span>"
 _CLOSE_DOLLAR = re.compile(r"(?<=[^\s\\$])\$(?![\d$])")
 _DISPLAY_OPEN = re.compile(r"[ \t]*(?:[-+*]|\d{1,9}[.)])?[ \t]*(\\\[|\$\$)")
 
@@ -263,7 +269,7 @@ def _code_span(run: _Run, match: re.Match[str]) -> tuple[str, int]:
 
 
 def _escape(run: _Run, match: re.Match[str]) -> tuple[str, int]:
-    entity = {"\\<": "&lt;", "\\$": "&#36;", "\\!": "&#33;", "\\]": "&#93;", "\\`": "&#96;"}.get(match[0])
+    entity = {"\\<": "&lt;", "\\$": _DOLLAR, "\\!": "&#33;", "\\]": "&#93;", "\\`": "&#96;"}.get(match[0])
     return entity or match[0], match.end()
 
 
@@ -273,7 +279,7 @@ def _dollars(run: _Run, match: re.Match[str]) -> tuple[str, int]:
     end = run.formula_end(start, sign)
     body = run.text[start:end] if end else ""
     if not end or not _is_formula(body) or (sign == "$" and body[0].isspace()):
-        return "&#36;" * len(sign), start
+        return _DOLLAR * len(sign), start
     return sign + _formula(body) + sign, end + len(sign)
 
 
@@ -290,11 +296,16 @@ def _environment(run: _Run, match: re.Match[str]) -> tuple[str, int]:
     closing = f"\\end{{{match['name']}}}"
     end = run.formula_end(match.end(), closing)
     body = run.text[match.start() : end + len(closing)] if end else ""
-    return (f"$${_formula(body)}$$", match.start() + len(body)) if _is_formula(body) else _entity(run, match)
+    if not _is_formula(body):
+        return _tex(run, match)
+    return f"$${_formula(body)}$$", match.start() + len(body)
 
 
 def _is_formula(body: str) -> bool:
-    return bool(body.strip()) and not set(body) & set('`$"') and not body.endswith("\\") and _is_balanced(body)
+    """Whether it can be typeset: whole, with no sign that would end it early, and no command that makes a link."""
+    if not body.strip() or set(body) & set('`$"') or body.endswith("\\") or _ACTIVE_TEX.search(body):
+        return False
+    return _is_balanced(body)
 
 
 def _is_balanced(body: str) -> bool:
@@ -328,8 +339,13 @@ def _less(run: _Run, match: re.Match[str]) -> tuple[str, int]:
     return "&lt;", match.end()
 
 
-def _backslash(run: _Run, match: re.Match[str]) -> tuple[str, int]:
-    return "&#92;", match.end()
+def _sign(run: _Run, match: re.Match[str]) -> tuple[str, int]:
+    """A dollar or backslash that stays one: an element of its own, since MathJax looks for delimiters in the page."""
+    return (_DOLLAR if html.unescape(match[0]) == "$" else _BACKSLASH), match.end()
+
+
+def _tex(run: _Run, match: re.Match[str]) -> tuple[str, int]:
+    return _BACKSLASH + _entities(match[0][1:]), match.end()
 
 
 def _acts(code: str) -> bool:
@@ -351,8 +367,9 @@ def _allowed_link(text: str, at: int) -> bool:
 
 _HANDLERS: dict[str, _Handler] = {
     "environment": _environment,
-    "tex": _entity,
-    "slashes": _backslash,
+    "tex": _tex,
+    "slashes": _sign,
+    "entity": _sign,
     "open": _bracketed,
     "escape": _escape,
     "ticks": _code_span,

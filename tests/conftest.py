@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from mistral_nb import models
+from mistral_nb import engine_control, models
+from mistral_nb.config import Settings
 
 SETTINGS = ("MISTRAL_NB_", "CLOUDFLARE_")
-USER_CONFIG = os.environ.get("XDG_CONFIG_HOME")
-FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "XDG_CONFIG_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
+FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No account, no user's configuration file, and a runtime and a log folder that end with the session.
 
-    `MISTRAL_NB_HOME` stays: a store that the caller names is used, so that a model is pulled once.
+    `MISTRAL_NB_HOME` stays: a store that the caller names is used, so that a model is pulled once. Engines that are
+    left over are ended.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
@@ -31,18 +32,15 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in FOLDERS:
             (folder / name.lower()).mkdir(mode=0o700)
             patch.setenv(name, str(folder / name.lower()))
+        patch.setenv("MISTRAL_NB_CONFIG", str(folder / "config.toml"))
         yield
+        engine_control.stop(Settings(), force=True)
 
 
 @pytest.fixture(scope="session")
 def embedded(own_settings: None) -> Path:
     """The embedded model's folder; pulled once, with the user's own pip settings, if the store does not hold it."""
-    with pytest.MonkeyPatch.context() as patch:
-        if USER_CONFIG is None:
-            patch.delenv("XDG_CONFIG_HOME")
-        else:
-            patch.setenv("XDG_CONFIG_HOME", USER_CONFIG)
-        return models.pull("embedded")
+    return models.pull("embedded")
 
 
 @pytest.fixture(scope="session")

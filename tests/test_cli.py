@@ -144,7 +144,10 @@ def test_the_bar_is_redrawn_on_a_terminal_only() -> None:
             bar.show("Downloading", done, 92_871_040)
         bar.show("Checking", 0, None)
         bar.close()
-        shown = os.read(reader, 10_000).decode()
+        data = b""
+        while not data.endswith(b"\n"):
+            data += os.read(reader, 10_000)
+        shown = data.decode()
     os.close(reader)
     lines = shown.removesuffix("\r\n").split("\r")[1:]
     assert len(lines) == 4, "a line that did not change is not written again"

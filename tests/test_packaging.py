@@ -74,9 +74,10 @@ def base_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python` with settings of its own, so that the user's neither help nor hurt."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MISTRAL_NB_", "CLOUDFLARE_"))}
+    names = ("HOME", "RUNTIME_DIR", "LOG_DIR", "CONFIG")
     own = {
-        name: str(folder / name)
-        for name in ("MISTRAL_NB_HOME", "MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "XDG_CONFIG_HOME", "IPYTHONDIR")
+        "IPYTHONDIR": str(folder / "ipython"),
+        **{f"MISTRAL_NB_{name}": str(folder / name.lower()) for name in names},
     }
     command = [str(python), *arguments]
     return subprocess.run(command, cwd=folder, env={**kept, **own}, capture_output=True, text=True, check=False)

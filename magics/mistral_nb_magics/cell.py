@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from IPython.core.displayhook import DisplayHook
+from IPython.core.displayhook import CapturingDisplayHook, DisplayHook
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 from traitlets import Bool, Unicode
@@ -99,8 +99,7 @@ class Mistral(Magics):
         who = selection.backend.describe()
         style = Style(call.format, f"Asking {who.model}", selection.why, self.footer)
         display = make_display(self._shell, style)
-        answer = Answer(selection.backend, call.request)
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, Answer(selection.backend, call.request) as answer:
             error = follow(answer, display, interrupts)
             result = self.last = answer.result
             if call.out:
@@ -223,8 +222,9 @@ _MAGIC: Any = vars(Mistral)["mistral"]
 
 
 def _in_display_hook() -> bool:
+    hooks = (DisplayHook.__call__.__code__, CapturingDisplayHook.__call__.__code__)
     frame: FrameType | None = sys._getframe(1)
-    while frame and frame.f_code is not DisplayHook.__call__.__code__:
+    while frame and frame.f_code not in hooks:
         frame = frame.f_back
     return frame is not None
 

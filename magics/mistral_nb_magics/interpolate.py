@@ -12,7 +12,7 @@ from IPython.core.error import UsageError
 
 __all__ = ["interpolate", "lookup", "near_miss"]
 
-_HOLE = re.compile(r"\{\{(.+?)\}\}")
+_HOLE = re.compile(r"\{\{([^{}\n]+)\}\}")
 _ESCAPE = "--no-interpolate leaves braces as they are"
 
 

@@ -177,7 +177,6 @@ def _split(line: str, options: Mapping[str, argparse.Action]) -> tuple[list[str]
                 value, end = _value(line, end, name)
                 arguments[-1] = f"{name}={value}" if name.startswith("--") else f"{name}{value}"
             at = end
-            words.append("")
             continue
         if re.match(r"--\w", word[1]):
             raise _unknown_option(word[1], options)
@@ -190,9 +189,10 @@ def _value(line: str, at: int, name: str) -> tuple[str, int]:
     """The value of an option that begins at `at`, quoted as in a shell, and where it ends."""
     raw = _VALUE.match(line, at)
     if not raw:
-        raise UsageError(f"{name} needs a value" + (", and its quote an end" if line[at:].strip() else ""))
+        problem = f": the quote in {line[at:].strip()} has no end" if line[at:].strip() else " needs a value"
+        raise UsageError(f"{name}{problem}")
     if line[raw.end() : raw.end() + 1].strip():
-        raise UsageError(f"{name}: the quote in {line[at:].strip()!r} has no end")
+        raise UsageError(f"{name}: the quote in {line[at:].strip()} has no end")
     return shlex.split(raw[0])[0], raw.end()
 
 

@@ -15,6 +15,9 @@ from mistral_nb.types import Chunk
 
 __all__ = ["Interrupts", "Source", "Surface", "follow"]
 
+GRACE = 0.5
+"""Seconds."""
+
 _END = object()
 _INTERRUPT = object()
 _CLOSING_LIMIT = 2.0
@@ -46,8 +49,9 @@ class Surface(Protocol):
 class Interrupts:
     """While it is entered, an interrupt is an event in `events`, so that nothing is lost halfway.
 
-    The third one raises `KeyboardInterrupt` at once. Outside the main thread, where no interrupt arrives, it only holds
-    the events.
+    The third one raises `KeyboardInterrupt` at once. One that comes within `GRACE` of the end of an interrupted answer,
+    such as the second of a double click, is ignored: a kernel that is about to send its reply would lose it. Outside
+    the main thread, where no interrupt arrives, this only holds the events.
     """
 
     def __init__(self) -> None:
@@ -64,13 +68,25 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._former is not None:
-            signal.signal(signal.SIGINT, self._former)
+            signal.signal(signal.SIGINT, _Late(self._former) if self._count else self._former)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         self.events.put(_INTERRUPT)
         if self._count > 2:
             raise KeyboardInterrupt
+
+
+class _Late:
+    """A handler that lets `GRACE` pass, and then hands each interrupt to the former handler."""
+
+    def __init__(self, former: Any) -> None:
+        self._former: Any = former._former if isinstance(former, _Late) else former
+        self._until = time.monotonic() + GRACE
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > self._until and callable(self._former):
+            self._former(number, frame)
 
 
 def follow(source: Source, surface: Surface, interrupts: Interrupts) -> BaseException | None:
@@ -94,7 +110,7 @@ def follow(source: Source, surface: Surface, interrupts: Interrupts) -> BaseExce
         elif event is _INTERRUPT:
             source.close()
             _drain(events, surface)
-            return KeyboardInterrupt("stopped: the text so far is kept")
+            return KeyboardInterrupt("stopped")
         else:
             return None if event is _END else event
 

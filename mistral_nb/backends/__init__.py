@@ -61,7 +61,9 @@ def _auto(settings: Settings, model: str | None) -> Selection:
     if settings.cloudflare_account_id and settings.cloudflare_api_token:
         return Selection(cloudflare(settings), "auto: a Cloudflare account and token are set")
     chosen, because = _local_model()
-    return Selection(Local(settings, chosen), f"auto: {_no_cloudflare(settings)}, {because}")
+    local = Local(settings, chosen)
+    local.check()
+    return Selection(local, f"auto: {_no_cloudflare(settings)}, {because}")
 
 
 def _no_cloudflare(settings: Settings) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mistral_nb import __version__, runtime
 from mistral_nb.backends.pump import HungUp, Line
 from mistral_nb.config import SETTINGS, Settings
-from mistral_nb.engine_control import Health, check, ended, is_gone, keep, log_tail, retire
+from mistral_nb.engine_control import Child, Health, check, ended, is_gone, log_tail, retire
 from mistral_nb.errors import EngineBusy, EngineStartError, MissingDependency
 from mistral_nb.models import EMBEDDED, Progress, locate, pull
 from mistral_nb.runtime import EngineRecord
@@ -23,7 +23,7 @@ __all__ = ["LOCAL_PACKAGES", "Running", "ensure", "require_local"]
 
 LOCAL_PACKAGES = ("torch", "tokenizers", "sentencepiece", "jinja2", "starlette", "uvicorn")
 _LISTEN_LIMIT = 60.0
-_POLL = 0.03
+_POLL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def _clear(search: _Search) -> None:
         raise EngineBusy(f"version {health.version} runs and this is {__version__}: {error}") from None
 
 
-def _spawn(search: _Search, log: Path) -> subprocess.Popen[bytes]:
+def _spawn(search: _Search, log: Path) -> Child:
     """The engine process in a session of its own: a signal to the notebook's process group does not reach it."""
     idle = f"{search.settings.idle_timeout:g}"
     command = [sys.executable, "-P", "-m", "mistral_nb", "serve", "--managed"]
@@ -139,7 +139,7 @@ def _spawn(search: _Search, log: Path) -> subprocess.Popen[bytes]:
         apart = 0
     with log.open("ab") as output:
         try:
-            child = subprocess.Popen(
+            return Child(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -151,8 +151,6 @@ def _spawn(search: _Search, log: Path) -> subprocess.Popen[bytes]:
             )
         except OSError as error:
             raise EngineStartError(f"{sys.executable} cannot be started: {error}. Check the environment") from None
-    keep(child)
-    return child
 
 
 def _environment(log: Path) -> dict[str, str]:
@@ -176,7 +174,7 @@ def _environment(log: Path) -> dict[str, str]:
     return env
 
 
-def _until_listening(search: _Search, child: subprocess.Popen[bytes], log: Path, start: int) -> EngineRecord:
+def _until_listening(search: _Search, child: Child, log: Path, start: int) -> EngineRecord:
     """The record that the process writes once it listens.
 
     Waits for it even when the line is hung up, holding the lock: the process is on its way, and the next one who asks
@@ -207,8 +205,10 @@ def _when_ready(search: _Search, record: EngineRecord) -> Running:
         health = check(record, search.settings.connect_timeout)
         if health and health.state == "ready":
             return Running(record, health)
-        if health and health.state in ("failed", "stopping"):
-            raise _not_started(f"could not load {search.model} ({health.error or 'it is stopping'})", record.log)
+        if health and health.state == "failed":
+            raise _not_started(f"could not load {search.model} ({health.error})", record.log)
+        if health and health.state == "stopping":
+            raise _not_started("was stopped while it loaded the model", record.log)
         if health:
             search.say("Loading the model")
             deadline = time.monotonic() + _LISTEN_LIMIT

@@ -137,7 +137,7 @@ _BY_CODE: dict[int, _Make] = {
     7003: _ROUTE,
     5007: _NO_MODEL,
     3042: _NO_MODEL,
-    5028: _model(ModelError, f"It was retired; {SAME_WEIGHTS} serves the weights of Mistral-7B-Instruct v0.2"),
+    5028: _model(ModelError, f"For the weights of Mistral-7B-Instruct v0.2 ask {SAME_WEIGHTS}"),
     **dict.fromkeys((5018, 3041, 3023, 5016, 5035), _REFUSED),
     5006: _backend(BackendError, "Correct the field that it names"),
     5005: _lora("the model takes no LoRA adapter; leave lora out or name a model that does"),

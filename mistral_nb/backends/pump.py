@@ -132,7 +132,12 @@ class Pump:
     def __next__(self) -> Chunk:
         if self._over:
             raise StopIteration
-        item = self._next_item()
+        try:
+            item = self._next_item()
+        except BaseException:
+            # An interrupt of the waiting caller, who may hold on to this stream without ever closing it.
+            self.close()
+            raise
         if isinstance(item, Chunk):
             self._answered = self._answered or item.finish_reason is not None
             return item

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from jinja2 import TemplateError, TemplateSyntaxError, meta
+from jinja2 import TemplateError, meta
 
 from mistral_nb.engine.mistral_format import Control, Part, refuse_turn
 from mistral_nb.engine.template_sandbox import ChatSandbox, Refused
@@ -53,7 +53,7 @@ class JinjaTemplate:
             marked = self._control.sub(lambda match: self._marks[match[0]], source)
             self._takes_tools = "tools" in meta.find_undeclared_variables(self._sandbox.parse(marked))
             self._template = self._sandbox.from_string(marked)
-        except TemplateSyntaxError as error:
+        except (TemplateError, RecursionError, SyntaxError) as error:
             raise ModelError(f"the checkpoint's chat template does not compile: {error}; {_ADVICE}") from error
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:

@@ -26,7 +26,7 @@ from jinja2.visitor import NodeTransformer
 
 __all__ = ["ChatSandbox", "Refused"]
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 200_000
 MAX_SIZE = 16_000_000
 MAX_NUMBER = 100_000
 

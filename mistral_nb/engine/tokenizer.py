@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ __all__ = ["Tokenizer", "load_tokenizer"]
 
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _UNKNOWN = "<unk>"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ChatFormat(Protocol):
@@ -96,12 +98,11 @@ class Tokenizer:
         return self._chat
 
     def _encode(self, parts: Sequence[Part]) -> list[int]:
-        try:
-            return self._vocabulary.encode(parts)
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                "prompt", error.object[error.start], "is half of a character (a lone surrogate); remove it"
-            ) from error
+        for part in parts:
+            half = None if isinstance(part, Control) else _SURROGATE.search(part)
+            if half:
+                raise InvalidRequest("prompt", half[0], "is half of a character (a lone surrogate); remove it")
+        return self._vocabulary.encode(parts)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -134,11 +135,15 @@ def _mistral_format(folder: Path, vocabulary: Vocabulary) -> MistralFormat:
 def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
     source = settings.get("chat_template")
     if isinstance(source, list):
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    return source
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
 
 
 def _is_mistral(folder: Path, source: str | None) -> bool:

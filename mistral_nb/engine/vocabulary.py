@@ -117,9 +117,12 @@ class JsonVocabulary:
             self._names = {text: f"\ue000{nonce}{token}\ue001" for text, token in self.controls.items()}
             self._bytes = "ByteLevel" in _types(data["decoder"])
             self._unknown = self.controls.get(data["model"].get("unk_token") or "")
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_renamed(data, self._names, per_part)))
-        except (KeyError, TypeError, AttributeError) as error:
+            self._tokenizer = _build(_renamed(data, self._names, per_part))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelError(f"{path} is no tokenizer file ({error!r}); {_ADVICE}") from error
+        moved = [text for text, name in self._names.items() if self._tokenizer.token_to_id(name) != self.controls[text]]
+        if moved:
+            raise ModelError(f"{path} gives {moved[0]} an id that the tokenizer cannot keep; {_ADVICE}")
         self.size = self._tokenizer.get_vocab_size()
         self.per_part = per_part
         self.drop_space = per_part or _drops_space(data["decoder"])
@@ -129,8 +132,11 @@ class JsonVocabulary:
 
     def _first_of_everything(self) -> str | None:
         """The control token that the file puts before every text, if any."""
-        ids = self._tokenizer.encode("x").ids
-        return next((text for text, token in self.controls.items() if ids[:1] == [token]), None)
+        plain = self._tokenizer.encode("x", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("x").ids
+        if whole[: len(plain)] == plain:
+            return None
+        return next((text for text, token in self.controls.items() if token == whole[0]), None)
 
     def encode(self, parts: Sequence[Part]) -> list[int]:
         if self.per_part:
@@ -152,6 +158,13 @@ class JsonVocabulary:
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:-1], 16)])
         return text
+
+
+def _build(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(data))
+    except Exception as error:  # tokenizers raises no narrower type
+        raise ValueError(str(error)) from error
 
 
 def _check_model(data: Mapping[str, Any], path: Path) -> None:

@@ -6,13 +6,13 @@ import hmac
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral_nb.errors import MistralError
-from mistral_nb.server.routes import Endpoints, on_mistral_error, on_wire_error
+from mistral_nb.server.routes import Endpoints, on_disconnect, on_mistral_error, on_wire_error
 from mistral_nb.server.schemas import WireError
 
 __all__ = ["create_app"]
@@ -42,6 +42,7 @@ def create_app(endpoints: Endpoints, token: str, log: str) -> ASGIApp:
         ],
         exception_handlers={
             HTTPException: on_http_exception,
+            ClientDisconnect: on_disconnect,
             WireError: on_wire_error,
             MistralError: on_mistral_error,
             Exception: on_bug,

@@ -90,7 +90,8 @@ class EngineProcess:
         known = find_known(options.model)
         self._options = options
         self._record = record
-        self.identity = Identity(options.model, known.aliases if known else (), options.serve_as, record.log)
+        aliases = (*known.aliases, known.hub_id) if known else ()
+        self.identity = Identity(options.model, aliases, options.serve_as, record.log)
         self.holder = Holder(self._load, record.log)
         app = create_app(Endpoints(self.holder, self.identity, self.stop), record.token, record.log)
         self._server = _Server(
@@ -165,7 +166,10 @@ class EngineProcess:
             await asyncio.sleep(_TICK)
             now = time.monotonic()
             unused = now - self.holder.last_used
-            if self.holder.busy:
+            if self.holder.model is not None and self.holder.model.engine.failure:
+                self.exit_code = 1
+                self.stop(self.holder.model.engine.failure)
+            elif self.holder.busy:
                 self.holder.last_used = now
             elif self.holder.state == "failed" and self._options.managed and unused > FAILED_GRACE:
                 self.stop(f"the model could not be loaded: {self.holder.error}")

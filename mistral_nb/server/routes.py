@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -32,13 +33,11 @@ from mistral_nb.server.schemas import (
     text_frame,
     wire_error,
 )
-from mistral_nb.types import Usage
 
 __all__ = ["Endpoints", "Identity"]
 
 MODEL_HEADER = "x-mistral-nb-model"
 
-_DRAIN_LIMIT = 32 * MAX_BODY
 _PRINTABLE = "".join(chr(code) for code in range(33, 127) if chr(code) != "%")
 
 T = TypeVar("T")
@@ -69,7 +68,7 @@ class Identity:
             400,
             5007,
             f"No such model {asked}{hint}: this engine holds {held}. To let it answer for that name, start it with: "
-            f"mistral-nb serve --model {self.model} --serve-as {asked}",
+            f"mistral-nb serve --model {shlex.quote(self.model)} --serve-as {shlex.quote(asked)}",
         )
 
 
@@ -106,8 +105,10 @@ class Endpoints:
     async def _whole(self, answer: Answer) -> Response:
         pieces = [piece async for piece in answer.pieces()]
         last = pieces[-1]
-        usage, reason = last.usage or Usage(0, 0), last.finish_reason or "stop"
-        return JSONResponse(envelope("".join(p.text for p in pieces), usage, reason), headers=self._identity.header)
+        assert last.usage is not None
+        assert last.finish_reason is not None
+        body = envelope("".join(piece.text for piece in pieces), last.usage, last.finish_reason)
+        return JSONResponse(body, headers=self._identity.header)
 
     async def _stream(self, answer: Answer, send: Send) -> None:
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
@@ -177,21 +178,16 @@ def _force(body: bytes) -> bool:
 
 
 async def _body(request: Request) -> bytes:
-    """The request's body, `WireError` 3006 (413) when it is over the limit. Such a body is read to its end all the
-    same, within reason, since a client that is still sending would miss the answer."""
-    too_large = WireError(413, 3006, f"the body is over {MAX_BODY} bytes; send a shorter prompt")
-    if request.headers.get("expect") and int(request.headers.get("content-length", 0)) > MAX_BODY:
-        raise too_large
+    """The request's body; `WireError` 3006 (413) as soon as it is known to be over the limit."""
+    size = int(request.headers.get("content-length", 0))
     body = bytearray()
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= MAX_BODY:
+    if size <= MAX_BODY:
+        async for part in request.stream():
             body += part
-        elif size > _DRAIN_LIMIT:
-            break
-    if size > MAX_BODY:
-        raise too_large
+            if len(body) > MAX_BODY:
+                break
+    if max(size, len(body)) > MAX_BODY:
+        raise WireError(413, 3006, f"the body is over {MAX_BODY} bytes; send a shorter prompt")
     return bytes(body)
 
 
@@ -218,6 +214,11 @@ async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -
 async def _disconnection(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads this."""
+    return Response(status_code=499)
 
 
 async def on_wire_error(request: Request, error: Exception) -> Response:

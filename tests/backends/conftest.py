@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from mistral_nb.backends import Local
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
 from mistral_nb.config import Secret, load_settings
-from mistral_nb.engine_control import stop
 from mistral_nb.types import GenerationRequest
 from tests.backends.scripted import TOKEN, Peer
 
@@ -40,10 +40,9 @@ def client(peer: Peer) -> Callable[..., WorkersAI]:
 
 
 @pytest.fixture(scope="session")
-def engine(own_settings: None) -> Iterator[Local]:
-    """The embedded model on an engine that the whole session shares; ended with the session."""
+def engine(embedded: Path) -> Local:
+    """The embedded model on an engine that the whole session shares, and that has answered once."""
     local = Local(load_settings())
     for _ in local.stream(GenerationRequest(prompt="Hello", max_tokens=1)):
         pass
-    yield local
-    stop(load_settings(), local.model, force=True)
+    return local

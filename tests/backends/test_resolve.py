@@ -188,9 +188,12 @@ def test_a_known_model_that_is_not_here_is_an_error_with_a_step(backend: str | N
     assert "mistral-7b-instruct-v0.2 is not in the store" in message
 
 
-def test_local_by_name_without_torch_says_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["local", None])
+def test_where_only_the_engine_could_answer_and_torch_lacks_the_command_is_told(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what Python takes for a module that is not there
-    message = refused(MissingDependency, backend="local")
+    message = refused(MissingDependency, backend=backend)
     assert 'pip install "mistral-nb[local]"' in message
     assert "CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN" in message
     assert "needs torch" in message

@@ -110,11 +110,9 @@ def test_a_failure_before_the_first_text_raises(subject: Subject) -> None:
     assert "shorten it" in str(caught.value)
 
 
-def test_a_field_that_the_model_cannot_serve_raises(subject: Subject) -> None:
-    if isinstance(subject.backend, WorkersAI):
-        pytest.skip("Cloudflare's models take adapters")
+def test_a_field_that_the_model_cannot_serve_raises(engine: Local) -> None:
     with pytest.raises(InvalidRequest, match="lora"):
-        list(subject.backend.stream(SHORT.with_(lora="mine")))
+        list(engine.stream(SHORT.with_(lora="mine")))
 
 
 def test_closing_from_another_thread_ends_a_blocked_read_at_once(subject: Subject) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import logging
+import os
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mistral_nb.backends.pump import Line
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
 from mistral_nb.errors import (
     AuthenticationError,
@@ -263,6 +267,17 @@ def test_no_limit_strikes_while_text_keeps_coming(peer: Peer, client: Make) -> N
     stream.close()
 
 
+def test_what_is_no_text_counts_as_a_sign_of_life(peer: Peer, client: Make) -> None:
+    def pace() -> None:
+        peer.gone.wait(0.1)
+
+    last = [frame({"response": "lo"}), frame("[DONE]")]
+    peer.scripts = [[head(), frame({"response": "Hel"}), *[pace, b": still here\n\n"] * 5, *last]]
+    chunks, error = collect(client(timeouts=Timeouts(5, 5, 0.3)))
+    assert error is None
+    assert text_of(chunks) == "Hello"
+
+
 class full_house:
     """A port whose queue of connections is full, so that a connection is neither taken nor refused."""
 
@@ -316,6 +331,17 @@ def test_closing_wakes_a_reader_that_waits_for_a_connection(client: Make) -> Non
     assert seconds < BOUND
 
 
+def test_a_connection_that_is_made_after_closing_is_cut_at_once() -> None:
+    line = Line()
+    line.hang_up()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line.attach(ours)
+        theirs.settimeout(PATIENCE)
+        assert theirs.recv(1) == b""
+        line.release()
+
+
 def test_closing_wakes_a_reader_in_a_tls_handshake(client: Make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -326,7 +352,7 @@ def test_closing_wakes_a_reader_in_a_tls_handshake(client: Make) -> None:
             assert accepted[0].recv(1)
 
         chunks, seconds = closed_while_reading(client(base_url=f"https://127.0.0.1:{port}"), in_handshake)
-        accepted[0].settimeout(PATIENCE)
+        accepted[0].settimeout(1)
         while accepted[0].recv(4096):
             pass
         accepted[0].close()
@@ -358,6 +384,15 @@ def test_a_stream_that_nobody_holds_hangs_up(peer: Peer, client: Make) -> None:
     assert next(stream).text == "drip "
     del stream
     assert peer.gone.wait(BOUND)
+
+
+def test_an_interrupt_hangs_up_even_where_the_stream_is_kept(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), frame({"response": "Hel"}), lambda: os.kill(os.getpid(), signal.SIGINT), "hold"]]
+    stream = client().stream(HELLO)
+    with pytest.raises(KeyboardInterrupt):
+        collections.deque(stream, maxlen=0)
+    assert peer.gone.wait(BOUND)
+    assert list(stream)[-1] == Chunk(finish_reason="cancelled")
 
 
 def wait_for(event: threading.Event) -> None:

@@ -32,14 +32,20 @@ class Lab:
         self.folder = folder
         self.token = secrets.token_hex(16)
         runtime = folder / ".runtime"
+        news = folder / ".settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        news.parent.mkdir(parents=True)
+        news.write_text('{"fetchNews": "false", "checkForUpdates": false}')
         self._log = (folder / "server.log").open("wb")
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0"),
                 *(f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={self.token}"),
-                "--LabApp.news_url=None",
             ],
-            env={**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime)},
+            env={
+                **os.environ,
+                "JUPYTER_RUNTIME_DIR": str(runtime),
+                "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
+            },
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=folder,
@@ -66,7 +72,7 @@ class Lab:
         )
         nbformat.write(book, self.folder / notebook)
         page.goto(self.address(notebook))
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         return [page.locator(".jp-Notebook .jp-CodeCell").nth(index) for index in range(len(cells))]
 
     def close(self) -> None:

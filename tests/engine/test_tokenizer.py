@@ -6,9 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from tokenizers import decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mistral_nb.engine.tokenizer import Tokenizer, load_tokenizer
@@ -337,3 +339,22 @@ def test_half_of_a_surrogate_pair_is_refused(smol: Tokenizer, mistral: dict[str,
         for encode in (tokenizer.encode_text, tokenizer.encode_raw):
             with pytest.raises(InvalidRequest, match="lone surrogate"):
                 encode("a\ud83d")
+
+
+def test_merges_make_no_control_token(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "<", "s", ">", "s>", "<s>>"]
+    bpe = models.BPE(
+        {piece: token for token, piece in enumerate(pieces)},
+        [("s", ">"), ("<", "s>"), ("<s>", ">")],
+        unk_token="<unk>",
+    )
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.encode("<s>").ids == [1]
+    assert tokenizer.encode("<s>>").ids == [6]
+    tokenizer.add_special_tokens(["<unk>", "<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode_text("<s>") == [2, 5]
+    assert loaded.encode_text("<s>>") == [2, 5, 4]
+    assert loaded.encode_raw("<s>>") == [1, 4]

@@ -19,10 +19,10 @@ def embedded(own_settings: None) -> Path:
 
 @pytest.fixture
 def engines(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
-    """For tests that end processes: a runtime folder and a log folder of their own."""
-    monkeypatch.setenv("MISTRAL_NB_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.setenv("MISTRAL_NB_LOG_DIR", str(tmp_path / "log"))
-    engines = Engines()
+    """For tests that end processes: folders of their own, which the test itself uses too."""
+    engines = Engines(tmp_path)
+    for name, value in engines.env.items():
+        monkeypatch.setenv(name, value)
     yield engines
     engines.end()
 
@@ -30,13 +30,9 @@ def engines(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def engine(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineUnderTest]:
     """The one engine that most tests share."""
-    folder = tmp_path_factory.mktemp("shared-engine")
-    engines = Engines()
+    engines = Engines(tmp_path_factory.mktemp("shared-engine"))
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MISTRAL_NB_RUNTIME_DIR", str(folder / "run"))
-            patch.setenv("MISTRAL_NB_LOG_DIR", str(folder / "log"))
-            shared = engines.start("--serve-as", STAND_IN, "--managed", "--idle-timeout", "600")
+        shared = engines.start("--serve-as", STAND_IN, "--managed", "--idle-timeout", "600")
         shared.ready()
         yield shared
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import pytest
 
 from mistral_nb import models, runtime
 from mistral_nb.runtime import EngineRecord
@@ -94,14 +95,15 @@ def text_of(response: httpx.Response) -> str:
     return "".join(json.loads(frame)["response"] for frame in data[:-1])
 
 
-@dataclass
 class Engines:
-    """Starts engine processes and ends them all."""
+    """Starts engine processes and ends them all. Their runtime and log folders are below `folder`."""
 
-    started: list[EngineUnderTest] = field(default_factory=list)
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    def __init__(self, folder: Path) -> None:
+        self.env = {"MISTRAL_NB_RUNTIME_DIR": str(folder / "run"), "MISTRAL_NB_LOG_DIR": str(folder / "log")}
+        self._started: list[EngineUnderTest] = []
+        self._processes: list[subprocess.Popen[str]] = []
 
-    def spawn(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def spawn(self, *arguments: str) -> subprocess.Popen[str]:
         """A process of `mistral-nb serve`, in a session of its own as a notebook starts it."""
         process = subprocess.Popen(
             [sys.executable, "-m", "mistral_nb", "serve", *arguments],
@@ -110,23 +112,15 @@ class Engines:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | (env or {}),
+            env=os.environ | self.env,
         )
-        self.processes.append(process)
+        self._processes.append(process)
         return process
 
     def start(self, *arguments: str, model: str = MODEL) -> EngineUnderTest:
         """An engine that listens; its model may still be loading."""
         process = self.spawn("--model", model, *arguments)
-
-        def listens() -> bool:
-            assert process.poll() is None, process.communicate()
-            found = runtime.read_record(models.canonical(model))
-            return found is not None and found.pid == process.pid
-
-        eventually(listens, "the engine process wrote its record")
-        record = runtime.read_record(models.canonical(model))
-        assert record is not None
+        record = self._record_of(process, models.canonical(model))
         client = httpx.Client(
             base_url=record.base_url,
             headers={"authorization": f"Bearer {record.token}"},
@@ -136,13 +130,28 @@ class Engines:
         engine = EngineUnderTest(process, record, client)
         assert process.stdout is not None
         threading.Thread(target=_collect, args=(process.stdout, engine.printed), daemon=True).start()
-        self.started.append(engine)
+        self._started.append(engine)
         return engine
 
+    def _record_of(self, process: subprocess.Popen[str], model: str) -> EngineRecord:
+        found: list[EngineRecord] = []
+
+        def listens() -> bool:
+            assert process.poll() is None, process.communicate()
+            record = runtime.read_record(model)
+            found.extend([record] if record and record.pid == process.pid else [])
+            return bool(found)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            eventually(listens, "the engine process wrote its record")
+        return found[0]
+
     def end(self) -> None:
-        for engine in self.started:
+        for engine in self._started:
             engine.client.close()
-        for process in self.processes:
+        for process in self._processes:
             process.kill()
             process.wait()
             for stream in (process.stdout, process.stderr):

@@ -1,0 +1,67 @@
+"""A shell with the magics, a peer that plays scripts, and real kernels that ask it."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from tests.backends.scripted import TOKEN, Peer
+from tests.magics.kernels import Kernel
+
+ACCOUNT = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def cloud(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> Peer:
+    """The peer as the account that `auto` selects, in this process and in those that it starts."""
+    monkeypatch.setenv("CLOUDFLARE_ACCOUNT_ID", ACCOUNT)
+    monkeypatch.setenv("CLOUDFLARE_API_TOKEN", TOKEN)
+    monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_BASE_URL", peer.url)
+    monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL", "true")
+    return peer
+
+
+@pytest.fixture(scope="module")
+def bare_shell() -> Iterator[InteractiveShell]:
+    shell = InteractiveShell.instance()
+    yield shell
+    atexit.unregister(shell.atexit_operations)
+    shell.history_manager.end_session()
+    shell.history_manager.db.close()
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def shell(bare_shell: InteractiveShell) -> Iterator[InteractiveShell]:
+    """An IPython of this process with the extension loaded and no variables."""
+    bare_shell.reset(new_session=False)
+    bare_shell.config.pop("Mistral", None)
+    bare_shell.run_line_magic("load_ext", "mistral_nb")
+    yield bare_shell
+    bare_shell.run_line_magic("unload_ext", "mistral_nb")
+
+
+@pytest.fixture
+def kernel(own_settings: None) -> Iterator[Kernel]:
+    """A real kernel with the extension loaded. Ask for `cloud` before it to let it ask the peer."""
+    kernel = Kernel()
+    assert kernel.run("%load_ext mistral_nb").status == "ok"
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def run(shell: InteractiveShell) -> Any:
+    """Run a cell in the shell; its error, if any, is in the result."""
+    return lambda code: shell.run_cell(code, store_history=True)

@@ -1,0 +1,61 @@
+"""What Tab offers in a cell of ours, and that it offers nothing elsewhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from IPython.core import completer
+from IPython.core.interactiveshell import InteractiveShell
+
+from mistral_nb_magics.completion import candidates
+
+NAMES = {"topic": "tides", "table": SimpleNamespace(columns=["a"], count=1), "_hidden": 1}
+OPTIONS = ["--max-tokens", "--model", "--temperature"]
+
+
+@pytest.mark.parametrize(
+    ("before", "first", "word", "wanted"),
+    [
+        ("%%mistral --m", None, "--m", ["--max-tokens", "--model"]),
+        ("%mistral Hi --te", None, "--te", ["--temperature"]),
+        ("r = %mistral --te", None, "--te", ["--temperature"]),
+        ("%mistral s", None, "s", ["status", "stop"]),
+        ("%mistral stop --", None, "--", ["--model", "--force"]),
+        ("%%mistral --backend l", None, "l", ["local"]),
+        ("%%mistral --format ma", None, "ma", ["markdown", "math"]),
+        ("%mistral pull emb", None, "emb", ["embedded"]),
+        ("%%mistral -o t", None, "t", ["table", "topic"]),
+        ("Explain {{to", "%%mistral", "to", ["topic"]),
+        ("Explain {{ table.co", "%%mistral --raw", "co", ["columns", "count"]),
+        ("%mistral Explain {{t", None, "t", ["table", "topic"]),
+        ("Explain {{topic}} {", "%%mistral", "", []),
+        ("Explain to", "%%mistral", "", []),
+        ("%%mistral s", None, "s", []),
+        ("{{to", "x = 1", "", []),
+        ("%%mistralx --te", None, "", []),
+        ("Explain {{nobody.", "%%mistral", "", []),
+    ],
+)
+def test_candidates(before: str, first: str | None, word: str, wanted: list[str]) -> None:
+    assert candidates(before, first or before, NAMES, OPTIONS) == (word, wanted)
+
+
+def test_model_names_are_offered() -> None:
+    _, found = candidates("%%mistral --model mistral-7b-instruct-v0.", "%%mistral", NAMES, OPTIONS)
+    assert found == [f"mistral-7b-instruct-v0.{number}" for number in (1, 2, 3)]
+
+
+@pytest.mark.skipif(not hasattr(completer, "context_matcher"), reason="this IPython has no matchers")
+def test_the_shell_completes_while_the_extension_is_loaded(shell: InteractiveShell) -> None:
+    matchers: list[Any] = shell.Completer.custom_matchers
+    assert len(matchers) == 1
+    shell.user_ns["topic"] = "tides"
+    for code, wanted, word in (("%%mistral --temp", "--temperature", "--temp"), ("%%mistral\nOn {{to", "topic", "to")):
+        with completer.provisionalcompleter():
+            found = list(shell.Completer.completions(code, len(code)))
+        assert [(each.text, code[each.start : each.end]) for each in found] == [(wanted, word)]
+    shell.run_line_magic("unload_ext", "mistral_nb")
+    assert not matchers
+    shell.run_line_magic("load_ext", "mistral_nb")

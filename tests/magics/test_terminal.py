@@ -1,0 +1,59 @@
+"""Terminal IPython in a real pseudo terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.backends.scripted import Peer, frame, head
+
+pexpect = pytest.importorskip("pexpect", reason="pexpect drives the terminal; it is not there on Windows")
+
+PROMPT = r"In \[\d+\]: $"
+
+
+@pytest.fixture
+def terminal(cloud: Peer) -> Iterator[pexpect.spawn]:
+    command = ["-m", "IPython", "--no-banner", "--no-confirm-exit", "--simple-prompt", "--no-term-title"]
+    child = pexpect.spawn(
+        sys.executable, command, env={**os.environ, "TERM": "xterm"}, encoding="utf-8", timeout=30, dimensions=(50, 200)
+    )
+    child.expect(PROMPT)
+    child.sendline("%load_ext mistral_nb")
+    child.expect(PROMPT)
+    yield child
+    child.close(force=True)
+
+
+def test_text_runs_status_is_wiped_and_the_footer_is_dim(cloud: Peer, terminal: pexpect.spawn) -> None:
+    first, second = threading.Event(), threading.Event()
+    cloud.scripts = [[first, head(), frame({"response": "Once "}), second, frame({"response": "upon"}), frame("[DONE]")]]
+    terminal.sendline("%mistral Tell me.")
+    terminal.expect(r"\r\x1b\[KAsking .* …")
+    first.set()
+    terminal.expect(r"\r\x1b\[KOnce ")
+    second.set()
+    terminal.expect(r"upon\r\n\x1b\[2m.*cloudflare.*\x1b\[0m\r\n")
+    terminal.expect(r"Out\[2\]: <Result, shown above>")
+    terminal.expect(PROMPT)
+    terminal.sendline("print(_.text.upper())")
+    terminal.expect("ONCE UPON")
+
+
+def test_an_interrupt_keeps_the_text(cloud: Peer, terminal: pexpect.spawn) -> None:
+    cloud.scripts = [[head(), frame({"response": "Once upon"}), "hold"], [head(), frame({"response": "Next."})]]
+    terminal.sendline("%mistral Tell me. -o half")
+    terminal.expect("Once upon")
+    terminal.sendintr()
+    terminal.expect("stopped here")
+    terminal.expect("KeyboardInterrupt: stopped")
+    terminal.expect(PROMPT)
+    terminal.sendline("print(half.finish_reason, half.text)")
+    terminal.expect("cancelled Once upon")
+    terminal.expect(PROMPT)
+    terminal.sendline("%mistral Go on.")
+    terminal.expect("Next.")
