@@ -145,6 +145,8 @@ def test_interrupts_keep_the_text(bare_shell: InteractiveShell, recorder: Record
     try:
         assert isinstance(play(bare_shell, Style(), "Half an answer", never), KeyboardInterrupt)
         os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pytest.fail("an interrupt right after the end got through")
     finally:
         never.set()
         signal.signal(signal.SIGINT, former)
