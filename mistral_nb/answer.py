@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import time
@@ -114,9 +113,9 @@ class Result:
         return f"<Result {start!r} · {self.footer}>"
 
     def _repr_markdown_(self) -> str:
-        from mistral_nb.safe_markdown import safe_markdown
+        from mistral_nb.safe_markdown import literal, safe_markdown
 
-        footer = f"<small>{html.escape(self.footer)}</small>"
+        footer = f"<small>{literal(self.footer)}</small>"
         return f"{safe_markdown(self.text)}\n\n{footer}" if self.text.strip() else footer
 
     def _repr_mimebundle_(

@@ -155,48 +155,19 @@ class _Bar:
 
 def _models(options: argparse.Namespace) -> int:
     """List the known and the installed models."""
-    from mistral_nb.models import KNOWN, installed, store_path
+    from mistral_nb.report import models_table
 
-    here = {model.name: model for model in installed()}
-    titles = {model.name: f"{model.title}, {model.licence}" for model in KNOWN}
-    aliases = {model.name: ", ".join(model.aliases) for model in KNOWN}
-    rows = [("MODEL", "ALIASES", "INSTALLED", "ABOUT")]
-    for name in [*titles, *(name for name in here if name not in titles)]:
-        size = f"{here[name].bytes / 1e6:.0f} MB" if name in here else "no"
-        rows.append((name, aliases.get(name, ""), size, titles.get(name) or here[name].title))
-    _print_table(rows)
-    print(f"Store: {store_path()}")
+    print(models_table())
     return 0
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _status(options: argparse.Namespace) -> int:
     """List the running engines."""
     from mistral_nb.config import load_settings
     from mistral_nb.engine_control import status
+    from mistral_nb.report import engines_table
 
-    engines = status(load_settings())
-    if not engines:
-        print("No engine is running.")
-        return 0
-    rows = [("MODEL", "STATE", "DEVICE", "ACTIVE", "SERVED", "PROCESS", "ADDRESS")]
-    for engine in engines:
-        record, health = engine.record, engine.health
-        tail = (str(record.pid), record.base_url)
-        if health is None:
-            rows.append((record.model, "silent", "", "", "", *tail))
-        else:
-            rows.append((record.model, health.state, health.where, str(health.active), str(health.served), *tail))
-    _print_table(rows)
-    for engine in engines:
-        if engine.health is None or engine.health.state == "failed":
-            told = engine.health.error if engine.health else "does not answer"
-            print(f"{engine.record.model}: {told}. Log: {engine.record.log}")
+    print(engines_table(status(load_settings())))
     return 0
 
 

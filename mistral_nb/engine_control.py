@@ -55,6 +55,7 @@ class Health:
     device: str = ""
     precision: str = ""
     context: int | None = None
+    kernels: str = ""
     pid: int = 0
     active: int = 0
     served: int = 0

@@ -52,6 +52,8 @@ def engines_table(engines: Sequence[EngineStatus]) -> str:
         if health and health.error:
             notes.append(f"{record.model}: {health.error}")
         rows.append((record.model, *told, str(record.pid), record.base_url))
+        if health and health.kernels:
+            notes.append(f"Kernels of {record.model}: {health.kernels}")
         notes.append(f"Log of {record.model}: {record.log}")
     return "\n".join([_table(rows), *notes])
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-__all__ = ["plain_text", "safe_markdown"]
+__all__ = ["literal", "plain_text", "safe_markdown"]
 
 SCHEMES = frozenset({"http", "https", "mailto", "ftp"})
 MAX_MATH = 2000
@@ -63,6 +63,11 @@ _DISPLAY_OPEN = re.compile(r"[ \t]*(?:[-+*]|\d{1,9}[.)])?[ \t]*(\\\[|\$\$)")
 def plain_text(text: str) -> str:
     """The text without terminal escapes and other control characters; line ends become newlines."""
     return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
+
+
+def literal(line: str) -> str:
+    """A line of plain text for the midst of Markdown or HTML, where no sign in it means anything."""
+    return re.sub(r"""[&<>"`*_~\[\]|\\$]""", lambda sign: f"&#{ord(sign[0])};", plain_text(line))
 
 
 def safe_markdown(text: str) -> str:

@@ -1,4 +1,7 @@
-"""What every test shares: folders and settings of their own, and the marked groups' conditions."""
+"""What every test shares: folders and settings of their own, and the marked groups' conditions.
+
+What it imports at once is on a bare GPU host too.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from mistral_nb import engine_control, models
-from mistral_nb.config import Settings
 
 SETTINGS = ("MISTRAL_NB_", "CLOUDFLARE_")
 FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
@@ -34,12 +34,17 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, str(folder / name.lower()))
         patch.setenv("MISTRAL_NB_CONFIG", str(folder / "config.toml"))
         yield
-        engine_control.stop(Settings(), force=True)
+        if list((folder / "mistral_nb_runtime_dir").glob("engine-*.json")):
+            from mistral_nb import config, engine_control
+
+            engine_control.stop(config.Settings(), force=True)
 
 
 @pytest.fixture(scope="session")
 def embedded(own_settings: None) -> Path:
     """The embedded model's folder; pulled once, with the user's own pip settings, if the store does not hold it."""
+    from mistral_nb import models
+
     return models.pull("embedded")
 
 

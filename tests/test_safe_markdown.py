@@ -12,12 +12,13 @@ import pytest
 from markdown_it import MarkdownIt
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-from mistral_nb.safe_markdown import plain_text, safe_markdown
+from mistral_nb.safe_markdown import literal, plain_text, safe_markdown
 
-HARMLESS = set(
-    "p em strong code pre a ul ol li h1 h2 h3 h4 h5 h6 blockquote hr br table thead tbody tr td th del s span div "
-    "input dl dt dd section sup".split()
-)
+HARMLESS = {
+    *("p", "em", "strong", "del", "s", "code", "pre", "a", "ul", "ol", "li", "dl", "dt", "dd", "input", "blockquote"),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "hr", "br", "span", "div", "section", "sup"),
+    *("table", "thead", "tbody", "tr", "td", "th"),
+}
 RENDERERS: dict[str, Callable[[str], str]] = {
     "markdown-it, as in VS Code": MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render,
     "mistune, as in nbconvert": markdown2html_mistune,
@@ -45,7 +46,9 @@ class Acting(HTMLParser):
             self.found.append(f"<{tag}>")
         for name, value in attrs:
             link = re.sub(r"[\x00-\x20]", "", value or "").lower()
-            if name.startswith("on") or (name in ("href", "src") and link.startswith(("javascript:", "data:", "vbscript:"))):
+            if name.startswith("on") or (
+                name in ("href", "src") and link.startswith(("javascript:", "data:", "vbscript:"))
+            ):
                 self.found.append(f"{name}={value}")
 
 
@@ -160,11 +163,20 @@ def test_an_open_fence_is_closed() -> None:
     assert safe_markdown("````md\n```\nx\n```") == "````md\n```\nx\n```\n````"
 
 
+def test_a_literal_line_means_nothing() -> None:
+    line = 'my_model_v2 *x* [a](javascript:x) `c` <b>"q"</b> $x$ C:\\dir | &lt;'
+    html = RENDERERS["markdown-it, as in VS Code"](f"<small>{literal(line)}</small>")
+    assert visible(html) == line
+    assert re.findall(r"<(\w+)", html) == ["p", "small"]
+
+
 def test_control_characters_are_left_out() -> None:
     assert plain_text("a\x1b[31mb\r\nc\rd\x00\x07\te\x9b") == "a[31mb\nc\nd\te"
 
 
-@pytest.mark.parametrize("piece", ["a", "<", "`", "`a", "$a ", "[", "](", "\\(", "> ", "a\n", "```\n", "$$\n", "\\begin{a}"])
+@pytest.mark.parametrize(
+    "piece", ["a", "<", "`", "`a", "$a ", "[", "](", "\\(", "> ", "a\n", "```\n", "$$\n", "\\begin{a}"]
+)
 def test_a_megabyte_takes_bounded_time(piece: str) -> None:
     text = piece * (1_000_000 // len(piece))
     started = time.process_time()

@@ -9,6 +9,7 @@ the scalar form of `exp`).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -100,37 +101,25 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8, one scale a row: x [rows, in] -> (int8 [rows, in], fp32 [rows]), x ~ values * scale[:, None]."""
-    scale = _largest(x).mul_(1 / INT8_MAX)
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_min_(1e-12).mul_(1 / INT8_MAX)
     return (x / scale).round_().to(torch.int8), scale[:, 0]
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [n, in] @ (weight * scale[:, None])^T for fp32 x, int8 weight [out, in] and fp32 scale [out] -> fp32 [n, out].
+    """x [n, in] @ (weight * scale[:, None])^T for int8 weight [out, in] and fp32 scale [out] -> fp32 [n, out]. CPU.
 
-    Each row of x is quantised to 16 bits by its own scale and split into two int8 halves, x ~ (255 * high + low) * s
-    with s a 32512th of the row's largest magnitude (both halves stay within 127, since 255 is odd). The products of
-    the halves are summed in int32, so a row's result does not depend on how many rows stand beside it. Against fp64
-    the quantised x costs about 3e-5 of the result; one int8 half alone would cost 7e-3. `in` is at least 2:
-    `torch._int_mm` misreads a transposed matrix of one column.
+    x and the sums are rounded to bf16, 2.4e-3 of the result in all against fp64, where rounding the weights to int8
+    costs 7e-3; the sums themselves are made in fp32, in an order that does not depend on the number of rows. On
+    2 cores a decoding step takes 0.8 of the time that the same weights take with activations in two int8 halves
+    through `torch._int_mm`, at the same perplexity. `in` is a multiple of 32: past that torch's op reads out of bounds.
     """
-    step = _largest(x).mul_(1 / (255 * INT8_MAX + INT8_MAX))
-    values = torch.div(x, step).round_()
-    high = torch.mul(values, 1 / 255).round_()
-    low = torch.sub(values, high, alpha=255).to(torch.int8)
-    high = high.to(torch.int8)
-    columns = weight.t()
-    # two products of one row are up to 1.5 times faster than one of two rows
-    if len(x) == 1:
-        highs, lows = torch._int_mm(high, columns), torch._int_mm(low, columns)
-    else:
-        highs, lows = torch._int_mm(torch.cat((high, low)), columns).chunk(2)
-    return torch.add(lows.float(), highs.float(), alpha=255).mul_(step).mul_(scale)
+    assert weight.shape[1] % 32 == 0
+    return torch._weight_int8pack_mm(x.to(torch.bfloat16), weight, _ones(len(weight))) * scale
 
 
-def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude of each row, [rows, 1], kept off zero."""
-    largest: Tensor = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
-    return largest.clamp_min_(1e-12)
+@functools.cache
+def _ones(n: int) -> Tensor:
+    return torch.ones(n, dtype=torch.bfloat16)
 
 
 def sample(

@@ -200,20 +200,26 @@ class Mistral(Magics):
 
     def _already_shown(self, result: Result) -> Result:
         """`result`, which the display hook leaves out until this cell has ended: it was shown while it came."""
-        printers = self._shell.display_formatter.ipython_display_formatter
+        formatter, events = self._shell.display_formatter, self._shell.events
 
-        def show(value: Result) -> None:
-            if value is not result or not _in_display_hook():
+        def hidden(value: Result) -> bool:
+            return value is result and _in_display_hook()
+
+        def skip(value: Result) -> None:
+            if not hidden(value):
                 show_result(self._shell, value)
-            elif not is_notebook(self._shell):
-                print("<Result, shown above>")
+
+        def name(value: Result) -> tuple[dict[str, str], dict[str, Any]]:
+            return ({"text/plain": "<Result, shown above>"}, {}) if hidden(value) else value._repr_mimebundle_()
 
         def forget(*_: Any) -> None:
             printers.pop(Result, None)
-            self._shell.events.unregister("post_run_cell", forget)
+            events.unregister("post_run_cell", forget)
 
-        printers.for_type(Result, show)
-        self._shell.events.register("post_run_cell", forget)
+        notebook = is_notebook(self._shell)
+        printers = formatter.ipython_display_formatter if notebook else formatter.mimebundle_formatter
+        printers.for_type(Result, skip if notebook else name)
+        events.register("post_run_cell", forget)
         return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import re
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from IPython.core.displaypub import CapturingDisplayPublisher
 
 from mistral_nb.answer import Result
-from mistral_nb.safe_markdown import plain_text, safe_markdown
+from mistral_nb.safe_markdown import literal, plain_text, safe_markdown
 from mistral_nb.types import Chunk
 from mistral_nb_magics.stream import Surface
 
@@ -162,7 +161,7 @@ def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, 
     metadata = {"mistral_nb": {**result.metadata(), "why": style.why or None}}
     rich = {} if mark or form == "text" else _rich(result, form)
     if not rich and form not in ("text", "json"):
-        small = f"<small>{'<br>'.join(map(html.escape, footer.splitlines()))}</small>" if footer else ""
+        small = f"<small>{'<br>'.join(map(literal, footer.splitlines()))}</small>" if footer else ""
         parts = (safe_markdown(_source(text, form)) if text.strip() else "", f"**{mark}**" if mark else "", small)
         rich = {"text/markdown": "\n\n".join(part for part in parts if part) or "*(empty)*"}
     return {**rich, "text/plain": plain}, metadata

@@ -88,7 +88,8 @@ def _field_option(field: Field) -> Any:
     told = _HELP.get(field.name, field.help)
     bounds = f" {field.bounds[0].upper()}{field.bounds[1:]}." if field.kind in ("int", "float") else ""
     default = f" Default {field.default}." if field.kind in ("int", "float") and field.default is not None else ""
-    told = f"{told}{bounds}{default}".replace("%", "%%")
+    where = " Local engine only." if field.local_only else ""
+    told = f"{told}{bounds}{default}{where}".replace("%", "%%")
     if field.kind == "bool":
         return argument(flag(field), dest=field.name, action="store_const", const=not field.default, help=told)
     action = "append" if field.kind == "texts" else "store"

@@ -123,6 +123,8 @@ def _layer(prefix: str, args: ModelArgs, vector: Callable[[str, int], Tensor], m
 def pack(weight: Tensor, precision: Precision, device: torch.device) -> Linear:
     """A matrix [out, in] in `precision` on `device`."""
     if precision == "int8":
+        if weight.shape[1] % 32:
+            raise ModelError(f"int8 needs matrices with a multiple of 32 inputs, not {weight.shape[1]}; choose fp32")
         values, scale = ops.quantize_int8(weight.to(device, torch.float32))
         return Int8Linear(values, scale)
     return FloatLinear(weight.to(device, DTYPES[precision]))

@@ -139,6 +139,7 @@ class Endpoints:
                 "device": info.device if info else "",
                 "precision": info.precision if info else "",
                 "context": info.context if info else None,
+                "kernels": info.kernels if info else "",
                 "pid": os.getpid(),
                 "active": holder.requests,
                 "served": holder.served,

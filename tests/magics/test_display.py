@@ -221,9 +221,7 @@ def test_a_long_answer_is_sent_less_often(bare_shell: InteractiveShell, recorder
         ("math", "So $x$ is\n\nlarge", "text/markdown", "So $x$ is\n\nlarge"),
     ],
 )
-def test_forms(
-    bare_shell: InteractiveShell, recorder: Recorder, form: str, text: str, kind: str, wanted: Any
-) -> None:
+def test_forms(bare_shell: InteractiveShell, recorder: Recorder, form: str, text: str, kind: str, wanted: Any) -> None:
     play(bare_shell, Style(form), text)
     data = recorder.sent[-1]["data"]
     shown = data[kind]

@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from IPython.core import completer
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -137,16 +138,14 @@ def test_code_goes_into_the_next_cell(cloud: Peer, kernel: Kernel) -> None:
     assert "```python\nprint(1)" in result.saved[0].markdown
 
 
+@pytest.mark.skipif(not hasattr(completer, "context_matcher"), reason="this IPython has no matchers")
 def test_completion_through_the_kernel(kernel: Kernel) -> None:
     kernel.run("topic = 'tides'")
     cases = {"%%mistral --max-t": "--max-tokens", "%mistral sta": "status", "%%mistral\nExplain {{top": "topic"}
     for code, wanted in cases.items():
         reply = kernel.client.complete(code, len(code), reply=True, timeout=PATIENCE)["content"]
         assert wanted in reply["matches"], code
-        completed = code[: reply["cursor_start"]] + wanted
-        assert completed.endswith(wanted)
-        assert completed.startswith(code[: reply["cursor_start"]])
-        assert (code[: reply["cursor_start"]] + wanted).startswith(code.rstrip())
+        assert (code[: reply["cursor_start"]] + wanted).startswith(code)
 
 
 def notebook(*cells: str) -> nbformat.NotebookNode:

@@ -58,8 +58,9 @@ def test_the_prompt_of_a_line_is_what_is_no_option(line: str, prompt: str) -> No
 
 def test_options_become_fields() -> None:
     line = (
-        "--max-tokens 5 --temperature=0.5 --top-p .9 --top-k 3 --seed 7 --repetition-penalty 1.1 --frequency-penalty 0.1 "
-        "--presence-penalty 0.2 --lora tuned --lora-scale 2 --stop '\\n\\n' --stop END --no-stream --functions tools "
+        "--max-tokens 5 --temperature=0.5 --top-p .9 --top-k 3 --seed 7 --repetition-penalty 1.1 "
+        "--frequency-penalty 0.1 --presence-penalty 0.2 --lora tuned --lora-scale 2 "
+        "--stop '\\n\\n' --stop END --no-stream --functions tools "
         "--backend local --model 'my model' -o out --format text --dry-run --raw"
     )
     call = read(line, "Hello\n")

@@ -31,14 +31,16 @@ def terminal(cloud: Peer) -> Iterator[pexpect.spawn]:
 
 def test_text_runs_status_is_wiped_and_the_footer_is_dim(cloud: Peer, terminal: pexpect.spawn) -> None:
     first, second = threading.Event(), threading.Event()
-    cloud.scripts = [[first, head(), frame({"response": "Once "}), second, frame({"response": "upon"}), frame("[DONE]")]]
+    cloud.scripts = [
+        [first, head(), frame({"response": "Once "}), second, frame({"response": "upon"}), frame("[DONE]")]
+    ]
     terminal.sendline("%mistral Tell me.")
-    terminal.expect(r"\r\x1b\[KAsking .* …")
+    terminal.expect(r"\r\x1b\[KAsking [^\r\n]* …")
     first.set()
     terminal.expect(r"\r\x1b\[KOnce ")
     second.set()
-    terminal.expect(r"upon\r\n\x1b\[2m.*cloudflare.*\x1b\[0m\r\n")
-    terminal.expect(r"Out\[2\]: <Result, shown above>")
+    terminal.expect(r"upon\r\n\x1b\[2m[^\x1b]*cloudflare[^\x1b]*\x1b\[0m\r\n")
+    terminal.expect(r"<Result, shown above>")
     terminal.expect(PROMPT)
     terminal.sendline("print(_.text.upper())")
     terminal.expect("ONCE UPON")

@@ -99,10 +99,11 @@ def test_in_the_foreground(engines: Engines) -> None:
     assert f"mistral-nb stop {MODEL}" in second.stderr
     assert second.stderr.count("\n") == 1
 
-    state, row = command("status").stdout.splitlines()
+    state, row, *notes = command("status").stdout.splitlines()
     assert state.split()[:2] == ["MODEL", "STATE"]
     assert row.split()[:2] == [MODEL, "ready"]
     assert row.split()[-2:] == [str(engine.process.pid), engine.record.base_url]
+    assert f"Log of {MODEL}: {engine.record.log}" in notes
 
     with engine.client.stream("POST", run_path(), json=LONG) as response:
         lines = response.iter_lines()
