@@ -1,10 +1,9 @@
 """The one torch reference of each op: the CPU path, the oracle of the tests and the baseline of the benchmarks.
 
 Shapes use `n` for rows (tokens of all sequences, one after another), `dim` for features, `hq` and `hkv` for query and
-KV heads, `d` for the head dimension and `t` for the keys of one sequence. Every op works row by row: what a row gets
-does not depend on how many rows stand beside it, provided that the number of torch threads is a power of two (an
-element-wise op splits its input by threads, and only the end of a split that is no multiple of the vector width takes
-the scalar form of `exp`).
+KV heads, `d` for the head dimension and `t` for the keys of one sequence. Every op works row by row: on the CPU what a
+row gets is the same to the bit however many rows and threads there are (`linear` excepted: BLAS chooses its order by
+the shape).
 """
 
 from __future__ import annotations
@@ -32,6 +31,13 @@ __all__ = [
 ]
 
 INT8_MAX = 127
+
+GRAIN = 32_768
+"""Elements from which on torch splits an element-wise CPU op by threads: the end of a split that is no whole number of
+vectors takes the scalar form of `exp`, which rounds differently."""
+
+COLDEST = 1e-5
+"""Below this temperature a draw is greedy: the scores' quotient would leave fp32."""
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -76,6 +82,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
             k, v = k[:, t - window :], v[:, t - window :]
         out = F.scaled_dot_product_attention(q.view(1, hkv, group, d), k[None], v[None])
         return out.view(1, hq, d)
+    if window is not None and t - n >= window:
+        first = t - n - window + 1
+        k, v, t = k[:, first:], v[:, first:], t - first
     mask = None
     if t > n or (window is not None and t > window):
         rows = torch.arange(t - n, t, device=q.device)[:, None]
@@ -83,15 +92,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
-    k, v = (x.repeat_interleave(group, dim=0)[None] for x in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
     return out[0].transpose(0, 1)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of a packed [n, 2 * hidden] with the gate first -> [n, hidden] (Shazeer, 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    rows = max(1, GRAIN // gate.shape[1])
+    if gate.device.type != "cpu" or len(gate) <= rows:
+        return F.silu(gate) * up
+    return torch.cat([F.silu(part) for part in torch.split(gate, rows)]) * up
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -139,9 +152,10 @@ def sample(
 
     In this order: repetition penalty over `seen` [vocab] bool (Keskar et al., 2019, as in transformers: positive scores
     are divided, negative ones multiplied); frequency and presence penalties by `counts` [vocab], the times a token was
-    written (OpenAI's definition); temperature, 0 being the lowest id of the largest score; `top_k` (0 keeps all; scores
-    equal to the k-th stay); `top_p` (the smallest set of likeliest tokens whose mass reaches it, at least one; Holtzman
-    et al., 2019); then the inverse of the cumulative distribution, likeliest token first where a filter is on.
+    written (OpenAI's definition); temperature, of which less than 1e-5 is the lowest id of the largest score; `top_k`
+    (0 keeps all; scores equal to the k-th stay); `top_p` (the smallest set of likeliest tokens whose mass reaches it,
+    at least one; Holtzman et al., 2019); then the inverse of the cumulative distribution, likeliest token first where a
+    filter is on. Raises `FloatingPointError` when the largest score is not a finite number.
     """
     scores = logits.float()
     if seen is not None and repetition_penalty not in (0.0, 1.0):
@@ -149,9 +163,12 @@ def sample(
         scores = torch.where(seen, penalized, scores)
     if counts is not None and (frequency_penalty or presence_penalty):
         scores = scores - frequency_penalty * counts - presence_penalty * (counts > 0)
-    if temperature == 0:
-        return int(scores.argmax())
-    weights = ((scores - scores.max()) / temperature).exp()
+    largest, likeliest = scores.max(dim=-1)
+    if not math.isfinite(largest):
+        raise FloatingPointError(f"the largest logit is {float(largest)}")
+    if temperature < COLDEST:
+        return int(likeliest)
+    weights = ((scores - largest) / temperature).exp()
     if top_k == 0 and top_p >= 1:
         return _draw(weights, draw)
     return _draw_filtered(weights, top_k, top_p, draw)
@@ -166,16 +183,17 @@ def _draw(weights: Tensor, draw: float) -> int:
 def _draw_filtered(weights: Tensor, top_k: int, top_p: float, draw: float) -> int:
     """Draw by `weights` [vocab] among the likeliest; sorts only as much of the vocabulary as the filters can keep."""
     vocab = weights.shape[-1]
+    top_k = min(top_k, vocab)
     # 256 candidates hold the nucleus of nearly every step, and topk is about 8 times faster than a full sort
     size = min(vocab, max(256, 2 * top_k))
     while True:
         head, ids = weights.topk(size)
-        if top_k:
-            head = head.masked_fill(head < head[min(top_k, vocab) - 1], 0.0)
-        total = head.sum(dtype=torch.float64) if top_k else weights.sum(dtype=torch.float64)
-        before = head.cumsum(dim=-1, dtype=torch.float64) - head
-        keep = (before < top_p * total) & (head > 0)
-        if size == vocab or not keep[-1]:
+        cut = bool(top_k) and bool(head[-1] < head[top_k - 1])
+        if cut:
+            head = head.masked_fill(head < head[top_k - 1], 0.0)
+        total = (head if cut else weights).sum(dtype=torch.float64)
+        keep = head.cumsum(dim=-1, dtype=torch.float64) - head < top_p * total
+        if size == vocab or cut or not (top_k or keep[-1]):
             break
         size = min(vocab, size * 8)
     keep[0] = True

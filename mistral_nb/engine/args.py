@@ -38,10 +38,18 @@ class ModelArgs:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ModelError(f"the model's {name} is {value!r}; its config must give a positive whole number")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ModelError(f"the model's {name} is {value!r}; its config must give a positive number")
+        if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
+            raise ModelError(f"the model's sliding_window is {self.sliding_window!r}; it must be null or whole tokens")
         if self.n_heads % self.n_kv_heads:
-            raise ModelError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly")
+            raise ModelError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly; fetch the checkpoint again"
+            )
         if self.head_dim % 2:
-            raise ModelError(f"head_dim {self.head_dim} is odd; RoPE needs pairs")
+            raise ModelError(f"head_dim {self.head_dim} is odd, and RoPE needs pairs; choose another checkpoint")
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelArgs:
@@ -50,11 +58,17 @@ class ModelArgs:
         if not path.is_file():
             raise ModelError(f"{folder} holds no config.json; give a Hugging Face checkpoint folder")
         try:
-            return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"{path} holds no JSON object; fetch the checkpoint again")
+        try:
+            return cls.from_config(config)
         except KeyError as error:
             raise ModelError(f"{path} lacks {error}; fetch the checkpoint again") from error
+        except (TypeError, AttributeError) as error:
+            raise ModelError(f"{path} has a value of the wrong type ({error}); fetch the checkpoint again") from error
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelArgs:
@@ -72,7 +86,7 @@ class ModelArgs:
         }
         for name, value in unsupported.items():
             if value is not None:
-                raise ModelError(f"the model uses {name} {value!r}, which this engine does not apply")
+                raise ModelError(f"the model uses {name} {value!r}, which this engine does not apply; choose another")
         dim, n_heads = config["hidden_size"], config["num_attention_heads"]
         return cls(
             dim=dim,
@@ -83,7 +97,7 @@ class ModelArgs:
             hidden_dim=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             norm_eps=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
             context=config["max_position_embeddings"],
             sliding_window=config.get("sliding_window"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -1,9 +1,10 @@
 """A checkpoint's own Jinja chat template, rendered so that user text cannot pose as a control token.
 
-The method: before the template is compiled, each control token in its source (`<|im_end|>` and so on), and in
+The method: before the template is compiled, each control token in its texts (`<|im_end|>` and so on), and in
 `bos_token` and the like, is replaced by a private mark that holds a random number. Messages go in as they are, so a
-template may strip, slice, search or compare them as it likes. In what comes out, a mark is a control token that the
-template wrote; everything else is text, `<|im_end|>` in a message included.
+template may strip, slice, search or compare them as it likes; what it searches them for (`'</think>' in content`,
+`content.split('</think>')`) bears no mark. In what comes out, a mark is a control token that the template wrote;
+everything else is text, `<|im_end|>` in a message included.
 
 Some templates put a control token together from pieces (`'<|' + message['role'] + '|>'`), where no mark can be. These
 show when the same roles are rendered with harmless contents, and are then control tokens in the conversation as well,
@@ -15,10 +16,11 @@ from __future__ import annotations
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
+from jinja2.visitor import NodeTransformer
 
 from mistral_nb.engine.mistral_format import Control, Part, refuse_turn
 from mistral_nb.engine.template_sandbox import ChatSandbox, Refused
@@ -50,9 +52,9 @@ class JinjaTemplate:
         self._specials = {name: self._marks.get(token, token) for name, token in specials.items()}
         self._sandbox = ChatSandbox()
         try:
-            marked = self._control.sub(lambda match: self._marks[match[0]], source)
-            self._takes_tools = "tools" in meta.find_undeclared_variables(self._sandbox.parse(marked))
-            self._template = self._sandbox.from_string(marked)
+            self._takes_tools = "tools" in meta.find_undeclared_variables(self._sandbox.parse(source))
+            marking = _Marking(lambda text: self._control.sub(lambda match: self._marks[match[0]], text))
+            self._template = self._sandbox.from_string(marking.visit(self._sandbox.parse(source)))
         except (TemplateError, RecursionError, SyntaxError) as error:
             raise ModelError(f"the checkpoint's chat template does not compile: {error}; {_ADVICE}") from error
 
@@ -119,6 +121,32 @@ class JinjaTemplate:
             except _FAILURES:
                 continue
         return refuse_turn(messages, len(messages) - 1, problem)
+
+
+class _Marking(NodeTransformer):
+    """Replaces a template's texts by `mark(text)`, except for what it searches other texts for."""
+
+    def __init__(self, mark: Callable[[str], str]) -> None:
+        self._mark = mark
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        node.data = self._mark(node.data)
+        return node
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        if isinstance(node.value, str):
+            node.value = self._mark(node.value)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        searches = any(operand.op in ("in", "notin") for operand in node.ops)
+        return node if searches else self.generic_visit(node)
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        if not isinstance(node.node, nodes.Getattr):
+            return self.generic_visit(node)
+        node.node = self.visit(node.node)
+        return node
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,23 @@ import torch
 
 import mistral_nb_kernels as ops
 from mistral_nb.engine.args import ModelArgs
-from mistral_nb.engine.model import Span, Transformer
+from mistral_nb.engine.device import available_cpus, choose_device, choose_precision, free_memory
+from mistral_nb.engine.kv_cache import KVCache
+from mistral_nb.engine.model import Cancelled, Span, Transformer
 from mistral_nb.engine.sampling import Sampler, Sampling
-from mistral_nb.engine.scheduler import PREFILL_CHUNK, Generation, Scheduler, Step, Token
+from mistral_nb.engine.scheduler import Generation, Scheduler, Token
 from mistral_nb.engine.weights import Precision, load_weights
-from mistral_nb.errors import ConfigurationError, ContextOverflow, EngineError, InvalidRequest
+from mistral_nb.errors import ContextOverflow, EngineError, InvalidRequest
 
 __all__ = ["Engine", "EngineInfo"]
 
 log = logging.getLogger(__name__)
+
+PREFILL_CHUNK = 128
+"""Tokens of a prompt between two tokens of everybody else. A constant: its bounds are part of a text's rounding."""
+
+KV_SHARE = 0.5
+"""Share of the memory that is free after loading which the KV caches may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +53,15 @@ class Engine:
     chunks of fixed bounds, and every op of the decoding batch works row by row.
 
     On the CPU decoding leaves half of the threads alone. It waits for all its threads 120 times a token, so that each
-    other process that wants a core would hold it up: on 2 cores with one of them busy, a token took 13 ms with one
+    other process that wants a core would hold it up: on 2 cores with one of them busy, a token took 14 ms with one
     thread and 48 ms with two. A prompt's steps are longer and take all of them.
     """
 
     def __init__(self, model: Transformer, info: EngineInfo, *, max_batch: int = 8) -> None:
         self.info = info
         self._model = model
-        # two full contexts: the longest request always fits, and others need not wait for it
-        self._scheduler = Scheduler(max_batch, 2 * info.context, model.new_cache)
+        self._device = model.device
+        self._scheduler = Scheduler(max_batch, _kv_budget(model, info.context, max_batch))
         self._wake = threading.Condition()
         self._closing = False
         self._failure = ""
@@ -74,13 +81,12 @@ class Engine:
         """Load a checkpoint folder and start the engine's thread.
 
         `auto` takes an NVIDIA GPU where there is one, in bf16 (fp16 before compute capability 8.0), else the CPU in
-        int8. `threads` is for prompts on the CPU, by default the largest power of two that the machine's CPUs allow;
-        decoding takes half as many. Raises `ModelError` for a checkpoint that does not fit and `ConfigurationError` for
-        a device that is not there.
+        int8. `threads` is for prompts on the CPU, by default as many as there are CPUs; decoding takes half of them.
+        Raises `ModelError` for a checkpoint that does not fit and `ConfigurationError` for a device that is not there.
         """
-        target = _device(device)
-        chosen = _precision(precision, target)
-        threads = threads or _power_of_two(_cpus())
+        target = choose_device(device)
+        chosen = choose_precision(precision, target)
+        threads = threads or available_cpus()
         torch.set_num_threads(threads)
         args = ModelArgs.from_folder(folder)
         weights = load_weights(folder, args, chosen, target)
@@ -101,7 +107,7 @@ class Engine:
     def active(self) -> int:
         """Generations that wait or run."""
         with self._wake:
-            return len(self._scheduler)
+            return sum(generation.finish_reason is None for generation in self._scheduler.all())
 
     @property
     def failure(self) -> str:
@@ -119,8 +125,11 @@ class Engine:
         """Queue a generation; its tokens go to `on_token`, on the engine's thread, or to whoever iterates it.
 
         `max_tokens` is cut to what the context leaves. Raises `ContextOverflow` when the context leaves nothing,
-        `InvalidRequest` for an empty prompt or an id outside the vocabulary, `EngineError` once closed.
+        `InvalidRequest` for an empty prompt, an id outside the vocabulary or `max_tokens` below 1, `EngineError` once
+        closed.
         """
+        if max_tokens < 1:
+            raise InvalidRequest("max_tokens", max_tokens, "must be at least 1")
         ids = list(prompt_ids)
         if not ids:
             raise InvalidRequest("prompt", "0 tokens", "must hold at least one token")
@@ -130,7 +139,7 @@ class Engine:
         room = self.info.context - len(ids)
         if room < 1:
             raise ContextOverflow(len(ids), self.info.context)
-        sampler = Sampler(sampling, ids, self.info.vocab_size, self._model.device)
+        sampler = Sampler(sampling, ids, self.info.vocab_size, self._device)
         generation = Generation(ids, sampler, min(max_tokens, room), stop_ids, on_token, self._notify)
         with self._wake:
             if self._closing or self._failure:
@@ -140,58 +149,70 @@ class Engine:
         return generation
 
     def close(self) -> None:
-        """End every generation as cancelled and let the model go. May be called more than once."""
+        """End every generation as cancelled and let the model go. May be called more than once, and from `on_token`."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
 
     def _loop(self) -> None:
-        failure = "the engine's loop ended unexpectedly; see the log"
+        failure = "its loop ended on an error of its own"
         try:
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._closing or len(self._scheduler))
-                    if self._closing:
-                        failure = ""
-                        return
-                    step = self._scheduler.schedule()
-                if step:
-                    self._run(step)
+            while self._step():
+                pass
+            failure = ""
         finally:
             with self._wake:
                 self._failure = failure
-                for generation in self._scheduler.all():
-                    if failure:
-                        generation.finish("error", error=failure)
-                    else:
-                        generation.finish("cancelled")
+                left = self._scheduler.all()
+            del self._model
+            for generation in left:
+                generation.finish("error" if failure else "cancelled", error=failure)
 
-    def _run(self, step: Step) -> None:
+    def _step(self) -> bool:
+        """Schedule, run, hand out; False once closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or len(self._scheduler))
+            if self._closing:
+                return False
+            step = self._scheduler.schedule()
+        for generation in step.cancelled:
+            generation.finish("cancelled")
+        if step.prefill is not None:
+            self._run(self._prefill, [step.prefill])
+        if step.decode:
+            self._run(self._decode, step.decode)
+        return True
+
+    def _run(self, part: Callable[[Sequence[Generation]], None], generations: Sequence[Generation]) -> None:
+        """Run a part of a step; when the model fails, as out of memory, end the generations of that part."""
         try:
-            if step.prefill is not None:
-                self._prefill(step.prefill)
-            if step.decode:
-                self._decode(step.decode)
+            part(generations)
         except RuntimeError as error:
             log.exception("a step of the model failed")
-            message = f"the model failed ({str(error).splitlines()[0]}); ask for less at once"
-            for generation in (*step.decode, *([step.prefill] if step.prefill else [])):
-                generation.finish("error", error=message)
+            first = str(error).partition("\n")[0]
+            for generation in generations:
+                generation.finish("error", error=f"the model failed ({first}); if memory is short, lower max_tokens")
 
-    def _prefill(self, generation: Generation) -> None:
-        """The next chunk of the prompt; the first token after the last one."""
-        assert generation.cache is not None
+    def _prefill(self, generations: Sequence[Generation]) -> None:
+        """The next chunk of a prompt; the first token after the last one."""
+        (generation,) = generations
         torch.set_num_threads(self.info.threads)
+        if generation.cache is None:
+            generation.cache = self._model.new_cache(generation.kv_tokens)
         start = generation.cache.length
-        chunk = generation.prompt_ids[start : start + PREFILL_CHUNK]
-        logits = self._model.forward([Span(chunk, generation.cache)])
+        span = Span(generation.prompt_ids[start : start + PREFILL_CHUNK], generation.cache)
+        try:
+            logits = self._model.forward([span], cancelled=generation.cancelled.is_set)
+        except Cancelled:
+            return
         if generation.cache.length == generation.prompt_tokens:
-            generation.take(generation.sampler.next(logits[0]))
+            _choose(generation, logits[0])
 
     def _decode(self, generations: Sequence[Generation]) -> None:
         torch.set_num_threads(max(1, self.info.threads // 2))
@@ -202,30 +223,22 @@ class Engine:
             spans.append(Span([generation.last_token], generation.cache))
         logits = self._model.forward(spans)
         for generation, row in zip(generations, logits, strict=True):
-            generation.take(generation.sampler.next(row))
+            _choose(generation, row)
 
 
-def _device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device cuda was asked for, and torch sees no NVIDIA GPU; use cpu or auto")
-    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
+def _choose(generation: Generation, logits: torch.Tensor) -> None:
+    try:
+        token = generation.sampler.next(logits)
+    except FloatingPointError as error:
+        generation.finish("error", error=f"the model's numbers broke down ({error}); try another precision")
+    else:
+        generation.take(token)
 
 
-def _precision(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
-    if device.type == "cpu":
-        return "int8" if asked == "auto" else asked
-    if asked == "int8":
-        raise ConfigurationError("precision int8 runs on the CPU only; use bf16, fp16 or auto on a GPU")
-    if asked == "auto":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return asked
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
+def _kv_budget(model: Transformer, context: int, max_batch: int) -> int:
+    """Tokens that all caches may hold: by the free memory, at least one full context, at most one for each place."""
+    free = free_memory(model.device)
+    if free is None:
+        return context
+    fits = int(free * KV_SHARE) // KVCache.bytes_per_token(model.args, model.dtype)
+    return min(max(fits, context), max_batch * context)

@@ -6,7 +6,7 @@ all rows at once; attention works on one sequence's rows and its KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import mistral_nb_kernels as ops
 from mistral_nb.engine.args import ModelArgs
 from mistral_nb.engine.kv_cache import KVCache
 
-__all__ = ["FloatLinear", "Int8Linear", "Layer", "Linear", "Span", "Transformer", "Weights"]
+__all__ = ["Cancelled", "FloatLinear", "Int8Linear", "Layer", "Linear", "Span", "Transformer", "Weights"]
 
 
 class Linear(Protocol):
@@ -94,6 +94,10 @@ class Span:
     cache: KVCache
 
 
+class Cancelled(Exception):
+    """A forward was given up between two layers; the caches are as before."""
+
+
 class Transformer:
     """Runs spans of several sequences and writes their caches."""
 
@@ -108,8 +112,13 @@ class Transformer:
         return KVCache(self.args, capacity, self.dtype, self.device)
 
     @torch.inference_mode()
-    def forward(self, spans: Sequence[Span], every_row: bool = False) -> Tensor:
-        """Logits [len(spans), vocab] in fp32 after each span's last token, or of every token with `every_row`."""
+    def forward(
+        self, spans: Sequence[Span], every_row: bool = False, cancelled: Callable[[], bool] = lambda: False
+    ) -> Tensor:
+        """Logits [len(spans), vocab] in fp32 after each span's last token, or of every token with `every_row`.
+
+        Raises `Cancelled` at the first layer before which `cancelled()` is true.
+        """
         tokens = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
         positions = torch.cat(
             [torch.arange(span.cache.length, span.cache.length + len(span.tokens)) for span in spans]
@@ -117,6 +126,8 @@ class Transformer:
         cos, sin = self._cos[positions], self._sin[positions]
         x = ops.embedding(tokens, self.weights.tok_embeddings)
         for index, layer in enumerate(self.weights.layers):
+            if cancelled():
+                raise Cancelled
             x = x + self._attend(index, layer, x, spans, cos, sin)
             h = ops.rms_norm(x, layer.ffn_norm, self.args.norm_eps)
             x = x + layer.w2(ops.swiglu(layer.w13(h)))

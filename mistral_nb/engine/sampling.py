@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mistral_nb_kernels as ops
+from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import FIELDS, GenerationRequest
 
 __all__ = ["Sampler", "Sampling"]
@@ -28,6 +30,16 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidRequest`: what a request's own bounds let through is always allowed."""
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InvalidRequest(name, value, "must be a finite number, at least 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise InvalidRequest(name, getattr(self, name), "must be a finite number")
 
     @classmethod
     def from_request(cls, request: GenerationRequest) -> Sampling:
@@ -66,7 +78,7 @@ class Sampler:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            draw=ops.uniform(self.seed, self._drawn) if sampling.temperature else 0.0,
+            draw=ops.uniform(self.seed, self._drawn),
             seen=self._seen,
             counts=self._counts,
             repetition_penalty=sampling.repetition_penalty,

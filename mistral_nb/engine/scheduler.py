@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from mistral_nb.engine.sampling import Sampler
 
 __all__ = ["Generation", "Scheduler", "Step", "Token"]
 
-PREFILL_CHUNK = 256
+log = logging.getLogger(__name__)
 
 EndReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -53,8 +54,9 @@ class Generation:
         self.cancelled = threading.Event()
         self._stop_ids = stop_ids
         self._on_cancel = on_cancel
-        self._events: SimpleQueue[Token] = SimpleQueue()
-        self._emit = on_token or self._events.put
+        self._events: SimpleQueue[Token] | None = None if on_token else SimpleQueue()
+        self._on_token = on_token
+        self._read_to_end = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -66,16 +68,18 @@ class Generation:
         return self.prompt_tokens + self.max_tokens
 
     def cancel(self) -> None:
-        """Stop before the next token. Does nothing once the generation has ended."""
+        """End after the token that is being computed, if any. Does nothing once the generation has ended."""
         self.cancelled.set()
         self._on_cancel()
 
     def __iter__(self) -> Iterator[Token]:
-        while True:
+        """The tokens as they come, each once. `RuntimeError` where `on_token` takes them."""
+        if self._events is None:
+            raise RuntimeError("the tokens go to on_token; submit without it to iterate")
+        while not self._read_to_end:
             token = self._events.get()
+            self._read_to_end = token.finish_reason is not None
             yield token
-            if token.finish_reason:
-                return
 
     def take(self, token: int) -> None:
         """Engine thread: the model chose `token`."""
@@ -96,25 +100,34 @@ class Generation:
             self.cache = None
             self._emit(Token(token, reason, error))
 
+    def _emit(self, token: Token) -> None:
+        if self._events is not None:
+            self._events.put(token)
+            return
+        assert self._on_token is not None
+        try:
+            self._on_token(token)
+        except Exception:  # somebody else's code: whatever it raises ends this generation and no other
+            log.exception("the on_token of a generation failed, which ends it")
+            self.finish_reason = self.finish_reason or "error"
+            self.cache = None
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the model runs next: at most one sequence's next prompt chunk, and one token for each of `decode`."""
+    """What comes next: `cancelled` are told so; one sequence's prompt goes on; each of `decode` gets a token."""
 
+    cancelled: tuple[Generation, ...]
     prefill: Generation | None
     decode: tuple[Generation, ...]
-
-    def __bool__(self) -> bool:
-        return self.prefill is not None or bool(self.decode)
 
 
 class Scheduler:
     """First come, first served, while there are places in the batch and room for the whole sequence in the cache."""
 
-    def __init__(self, max_batch: int, max_kv_tokens: int, new_cache: Callable[[int], KVCache]) -> None:
+    def __init__(self, max_batch: int, max_kv_tokens: int) -> None:
         self._max_batch = max_batch
         self._max_kv_tokens = max_kv_tokens
-        self._new_cache = new_cache
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
 
@@ -128,22 +141,19 @@ class Scheduler:
         return [*self._running, *self._waiting]
 
     def schedule(self) -> Step:
-        """Drop what has ended, admit what fits, and choose the next step."""
-        for generation in self.all():
-            if generation.cancelled.is_set():
-                generation.finish("cancelled")
-        self._waiting = deque(g for g in self._waiting if g.finish_reason is None)
-        self._running = [g for g in self._running if g.finish_reason is None]
+        """Drop what has ended or was cancelled, admit what fits, and choose the next step."""
+        cancelled = tuple(g for g in self.all() if g.finish_reason is None and g.cancelled.is_set())
+        over = {g for g in self.all() if g.finish_reason is not None}.union(cancelled)
+        self._waiting = deque(g for g in self._waiting if g not in over)
+        self._running = [g for g in self._running if g not in over]
         self._admit()
         prefill = next((g for g in self._running if g.last_token is None), None)
-        return Step(prefill, tuple(g for g in self._running if g.last_token is not None))
+        return Step(cancelled, prefill, tuple(g for g in self._running if g.last_token is not None))
 
     def _admit(self) -> None:
         used = sum(g.kv_tokens for g in self._running)
         while self._waiting and len(self._running) < self._max_batch:
-            generation = self._waiting[0]
-            if used + generation.kv_tokens > self._max_kv_tokens:
+            used += self._waiting[0].kv_tokens
+            if used > self._max_kv_tokens:
                 return
-            generation.cache = self._new_cache(generation.kv_tokens)
-            used += generation.kv_tokens
             self._running.append(self._waiting.popleft())

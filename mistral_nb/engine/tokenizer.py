@@ -48,10 +48,6 @@ class Tokenizer:
         self.bos_id = None if begins_with is None else vocabulary.controls[begins_with]
         self.eos_ids = eos_ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """The ids of `text`, in which nothing is a control token, without BOS."""
-        return self._encode([text])
-
     def encode_raw(self, text: str) -> list[int]:
         """The ids of a raw prompt: a control token's text is that token, as in the chat template.
 
@@ -77,7 +73,7 @@ class Tokenizer:
         return chat.render(chat.parts(messages))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer; control tokens have none."""
+        """The text of an answer; special tokens have none."""
         stream = self.stream()
         return "".join([*(stream.push(token) for token in ids), stream.flush()])
 
@@ -148,8 +144,7 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _is_mistral(folder: Path, source: str | None) -> bool:
     """Whether the checkpoint speaks Mistral's own format: a fine-tune may have brought another, such as ChatML."""
-    config = read_json(folder / "config.json")
-    family = config.get("model_type") == "mistral" or (not config and (folder / "params.json").is_file())
+    family = read_json(folder / "config.json").get("model_type") == "mistral"
     return family and (source is None or ("[INST]" in source and "<<SYS>>" not in source))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ _ADVICE = "fetch the checkpoint again"
 class Vocabulary(Protocol):
     """What a tokenizer file holds.
 
-    `controls` maps each control token's text to its id, and `begins_with` is the one put before every prompt, if any.
+    `controls` maps to its id the text of each token that only a template or a raw prompt can write, and `begins_with`
+    is the one put before every prompt, if any.
     `per_part`: each text part is encoded by itself and begins with a space of its own. `errors` and `drop_space` are
     the detokenizer's.
     """
@@ -40,7 +42,7 @@ class Vocabulary(Protocol):
     def encode(self, parts: Sequence[Part]) -> list[int]: ...
 
     def piece(self, token: int) -> Piece:
-        """What an answer shows for `token`: nothing for a control token and for an id that does not exist."""
+        """What an answer shows for `token`: nothing for a special token and for an id that does not exist."""
         ...
 
 
@@ -100,6 +102,10 @@ class SentencePieceVocabulary:
 class JsonVocabulary:
     """A `tokenizer.json` file that holds a BPE model.
 
+    Control tokens are the added tokens that are special, and of the others those with a sign in their text, such as
+    `<|im_start|>` or `<think>`: whether special or not, they are what a template marks turns with. An answer shows
+    those that are not special. Other added tokens are words and runs of spaces, which any text may hold.
+
     Control tokens keep their ids but get private names with a random number in them, in the model's vocabulary too, and
     merges that would make one from text are left out. A prompt whose control tokens go by these names is then encoded
     in one call, exactly as transformers does it, and the token's usual text is text like any other.
@@ -112,7 +118,10 @@ class JsonVocabulary:
         try:
             _check_model(data, path)
             added = data.get("added_tokens") or []
-            self.controls = {token["content"]: int(token["id"]) for token in added if token["special"]}
+            special = {int(token["id"]) for token in added if token["special"]}
+            self.controls = {
+                token["content"]: int(token["id"]) for token in added if token["special"] or _has_sign(token["content"])
+            }
             nonce = f"{secrets.randbelow(10**24):024}"
             self._names = {text: f"\ue000{nonce}{token}\ue001" for text, token in self.controls.items()}
             self._bytes = "ByteLevel" in _types(data["decoder"])
@@ -127,7 +136,8 @@ class JsonVocabulary:
         self.per_part = per_part
         self.drop_space = per_part or _drops_space(data["decoder"])
         self.errors: Errors = "replace" if self._bytes else "mistral_nb.each_byte"
-        self._control_ids = frozenset(self.controls.values())
+        self._hidden = frozenset(special)
+        self._shown = {token: text for text, token in self.controls.items() if token not in special}
         self.begins_with = self._first_of_everything()
 
     def _first_of_everything(self) -> str | None:
@@ -148,12 +158,12 @@ class JsonVocabulary:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def piece(self, token: int) -> Piece:
-        text = self._tokenizer.id_to_token(token) if token >= 0 else None
+        text = self._shown.get(token) or (self._tokenizer.id_to_token(token) if token >= 0 else None)
         if self._bytes:
-            return b"" if text is None or token in self._control_ids else _bytes_of(text)
+            return b"" if text is None or token in self._hidden else _bytes_of(text)
         if token == self._unknown:
             return " \u2047 "
-        if text is None or token in self._control_ids:
+        if text is None or token in self._hidden:
             return ""
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:-1], 16)])
@@ -172,6 +182,11 @@ def _check_model(data: Mapping[str, Any], path: Path) -> None:
         raise ModelError(f"{path} holds a {data['model']['type']} model; supported is BPE")
     if not _types(data.get("decoder")) & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise ModelError(f"{path} has a decoder that is not known here; supported are byte-level and SentencePiece's")
+
+
+def _has_sign(text: str) -> bool:
+    """Whether `text` holds punctuation or a symbol, SentencePiece's mark for a space aside."""
+    return any(unicodedata.category(character)[0] in "PS" for character in text.replace(SPACE, ""))
 
 
 def _types(component: Any) -> set[str]:
@@ -194,7 +209,7 @@ def _renamed(data: Mapping[str, Any], names: Mapping[str, str], per_part: bool) 
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     kept = [pair for pair in merges if "".join(pair) not in names and not (pair[0] in names or pair[1] in names)]
     vocab = {names.get(text, text): token for text, token in model["vocab"].items()}
-    added = [{**token, "content": names.get(token["content"], token["content"])} for token in data["added_tokens"]]
+    added = [_added(token, names) for token in data.get("added_tokens") or []]
     unknown = model.get("unk_token")
     renamed = {
         **data,
@@ -208,6 +223,13 @@ def _renamed(data: Mapping[str, Any], names: Mapping[str, str], per_part: bool) 
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         renamed |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, spaces]}, "pre_tokenizer": None}
     return renamed
+
+
+def _added(token: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any]:
+    """An added token, under its private name if it has one, which is then found wherever it stands."""
+    if token["content"] not in names:
+        return token
+    return {**token, "content": names[token["content"]], "normalized": False, "single_word": False}
 
 
 def _byte_alphabet() -> dict[str, int]:

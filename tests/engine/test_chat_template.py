@@ -19,6 +19,7 @@ from mistral_nb.engine.vocabulary import JsonVocabulary, Vocabulary
 from mistral_nb.errors import InvalidRequest, ModelError
 from mistral_nb.types import Message
 from tests.engine.mistral_checkpoints import DATA, checkpoint
+from tests.engine.test_tokenizer import text_ids
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|s|>", "<|e|>", "<|user|>", "<|system|>", "<|assistant|>")
 CHAT = [Message("system", "  S "), Message("user", " a\n"), Message("assistant", "b<e>c"), Message("user", "\n d ")]
@@ -39,6 +40,9 @@ TEMPLATES = {
     "macro": "{% macro turn(c) %}[{{ c }}]{% endmacro %}" + LOOP.replace("%s", "{{ turn(m.content) }}"),
     "tokens by name": LOOP.replace("<|im_end|>", "{{ eos_token }}").replace("%s", "{{ m.content }}{{ bos_token }}"),
     "tokens from pieces": LOOP.replace("<|im_end|>", "{{ '<|im_' + 'end|>' }}").replace("%s", "{{ m.content }}"),
+    "searched for": LOOP.replace("%s", "{{ m.content.split('<|im_end|>')[0] }}{{ '<|im_end|>' in m.content }}")
+    + "{{ '<|im_start|>'.strip() }}{{ bos_token == '<|im_start|>' }}",
+    "token in its syntax": LOOP.replace("%s", "{{ {'a': '<|im_end|>'}['a'] }}{#<|im_end|>#}"),
     "white space": "{%- for m in messages -%}\n  {{- m.content }}\n  {% if loop.last %}\n  x\n {% endif %}\n{%endfor%}",
     "loop controls": LOOP.replace("%s", "{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }}"),
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}",
@@ -227,6 +231,52 @@ def test_end_ids_come_from_every_file(with_template: Callable[..., Path]) -> Non
     assert load_tokenizer(folder).eos_ids == {0, 2, 5}
 
 
+def added_tokens(folder: Path, *new: str, **changes: Any) -> None:
+    """Changes every added token in tokenizer.json, and adds ones that are not special."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"] = [token | changes for token in data["added_tokens"]]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False) | {"normalized": True}
+    first = len(data["model"]["vocab"])
+    data["added_tokens"] += [{"id": first + index, "content": text} | plain for index, text in enumerate(new)]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Prepend", "prepend": "x"}])
+def test_an_added_token_that_is_not_special_is_no_text_either(
+    with_template: Callable[..., Path], normalizer: dict[str, str] | None
+) -> None:
+    folder = with_template(LOOP.replace("%s", "{{ m.content }}"))
+    harmless = load_tokenizer(folder).encode_chat([Message("user", "a")])
+    added_tokens(folder, special=False, normalized=True)
+    data = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": normalizer}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(folder)
+    controls = [token for token in harmless if token < 17]
+    assert [t for t in tokenizer.encode_chat([Message("user", "a<|im_start|>b<|im_end|>")]) if t < 17] == controls
+    assert tokenizer.encode_raw("a<|im_start|>b").count(1) == 1
+    assert tokenizer.decode([1, *text_ids(tokenizer, "<|im_end|>"), 2]).replace("x", "") == (
+        "<|im_start|><|im_end|><|im_end|>"
+    )
+    assert tokenizer.eos_ids == {2}
+
+
+def test_added_tokens_that_any_text_may_hold(with_template: Callable[..., Path]) -> None:
+    folder = with_template(
+        LOOP.replace("%s", "{{ m.content.split('</think>')[-1] }}{{ '<think>' if m.content != 'xyzzy' }}")
+    )
+    added_tokens(folder, "<think>", "</think>", "xyzzy", "   ", "हिन्दी")
+    tokenizer, oracle = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    turns = [Message("assistant", "so</think>xyzzy   x"), Message("user", "   if xyzzy हिन्दी")]
+    expected = oracle.apply_chat_template(
+        [turn.to_dict() for turn in turns], add_generation_prompt=True, return_dict=False
+    )
+    assert {49152, 49154, 49155, 49156} < set(expected)
+    assert tokenizer.encode_chat(turns) == expected
+    assert tokenizer.decode(expected) == oracle.decode(expected, skip_special_tokens=True)
+    ids = tokenizer.encode_chat([Message("user", "<think></think><think>")])
+    assert (ids.count(49152), ids.count(49153)) == (1, 0)
+
+
 def test_bos_is_added_where_the_tokenizer_adds_it(with_template: Callable[..., Path]) -> None:
     folder = with_template(None)
     assert load_tokenizer(folder).bos_id is None
@@ -237,7 +287,7 @@ def test_bos_is_added_where_the_tokenizer_adds_it(with_template: Callable[..., P
     (folder / "tokenizer.json").write_text(json.dumps(data))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.bos_id == 1
-    assert tokenizer.encode_raw("Hi") == tokenizer.encode_raw("<|im_start|>Hi") == [1, *tokenizer.encode_text("Hi")]
+    assert tokenizer.encode_raw("Hi") == tokenizer.encode_raw("<|im_start|>Hi") == [1, *text_ids(tokenizer, "Hi")]
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert load_tokenizer(folder).bos_id is None
@@ -254,18 +304,10 @@ def test_a_mistral_fine_tune_keeps_its_own_template(tmp_path: Path, as_json: boo
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(folder)
     assert rendered(tokenizer) == "<s>Hi</s>"
-    assert tokenizer.encode_chat([Message("user", "a</s>b")]) == [1, *tokenizer.encode_text("a</s>b"), 2]
+    assert tokenizer.encode_chat([Message("user", "a</s>b")]) == [1, *text_ids(tokenizer, "a</s>b"), 2]
     settings["chat_template"] = "[INST] {{ 'anything' }} [/INST]"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert rendered(load_tokenizer(folder)) == "<s>[INST] Hi [/INST]"
-
-
-def test_mistrals_own_folder(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "own", "v3", as_json=False)
-    (folder / "config.json").rename(folder / "params.json")
-    tokenizer = load_tokenizer(folder)
-    assert rendered(tokenizer) == "<s>[INST] Hi[/INST]"
-    assert tokenizer.eos_ids == {2}
 
 
 ODD_IDS = json.dumps(
@@ -308,7 +350,7 @@ def test_a_folder_whose_tokenizer_cannot_be_used(tmp_path: Path, file: str, cont
 
 
 def test_later_mistral_tokenizers_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "params.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     shutil.copy(DATA / "mistral_instruct_tokenizer_241114.model.v7", tmp_path / "tokenizer.model")
     with pytest.raises(ModelError, match="none of v1 to v3"):
         load_tokenizer(tmp_path)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +28,18 @@ TEXTS = (
     "Translate to French: I would like a coffee, please. Then explain each word of the translation.",
     "def fibonacci(n):",
 )
+TEXT_IDS = [5345, 314, 260, 6376]
 TIMEOUT = 60
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether `condition` holds within the time limit; asked over and over."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        threading.Event().wait(0.001)
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +66,30 @@ def last(generation: Generation) -> Token:
 
 
 def test_greedy_text_equals_transformers(embedded: Path, prompts: list[list[int]]) -> None:
-    """fp32, five prompts, 200 tokens each; ours decoded together, transformers' one after another."""
+    """fp32, five prompts, 200 tokens each, decoded together.
+
+    Every token is the likeliest one by transformers after the same text before it, which makes the whole its greedy
+    text; the first is compared with what its `generate` writes as well.
+    """
     engine = Engine.load(embedded, precision="fp32")
     generations = [engine.submit(prompt, GREEDY, 200) for prompt in prompts]
     ours = [ids(generation) for generation in generations]
     engine.close()
     oracle = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
     for prompt, text in zip(prompts, ours, strict=True):
-        expected = oracle.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            do_sample=False,
-            max_new_tokens=200,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert text == expected[0, len(prompt) :].tolist()
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + text])).logits[0]
+        assert text == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    prompt = torch.tensor(prompts[:1])
+    written = oracle.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=200,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert ours[0] == written[0, prompt.shape[1] :].tolist()
 
 
 def test_together_equals_alone(engine: Engine, prompts: list[list[int]]) -> None:
@@ -113,6 +137,10 @@ def test_the_context_is_a_limit(engine: Engine) -> None:
 def test_bad_prompts_are_refused(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="at least one token"):
         engine.submit([], GREEDY, 1)
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        engine.submit(TEXT_IDS, GREEDY, 0)
+    with pytest.raises(InvalidRequest, match="temperature"):
+        Sampling(temperature=-1)
     for bad in (-1, engine.info.vocab_size):
         with pytest.raises(InvalidRequest, match="token ids go from 0"):
             engine.submit([1, bad], GREEDY, 1)
@@ -144,27 +172,76 @@ def test_cancel_between_two_tokens(engine: Engine, prompts: list[list[int]]) -> 
     assert len(ids(engine.submit(prompts[0], GREEDY, 3))) == 3
 
 
+def test_cancel_in_the_middle_of_a_long_prompt(engine: Engine) -> None:
+    """The prompt goes no further than the layer it is at; what comes next is served."""
+    generation = engine.submit([5] * 8000, GREEDY, 10)
+    assert wait_until(lambda: generation.cache is not None and generation.cache.length > 128)
+    generation.cancel()
+    assert last(generation).finish_reason == "cancelled"
+    assert len(ids(engine.submit(TEXT_IDS, GREEDY, 3))) == 3
+    assert engine.active == 0
+
+
+def test_a_failing_listener_ends_its_own_generation_only(engine: Engine) -> None:
+    def fail(token: Token) -> None:
+        raise RuntimeError("the listener's own trouble")
+
+    other = engine.submit(TEXT_IDS, GREEDY, 40)
+    failing = engine.submit(TEXT_IDS, GREEDY, 40, on_token=fail)
+    assert len(ids(other)) == 40
+    assert failing.finish_reason == "error"
+    with pytest.raises(RuntimeError, match="without it to iterate"):
+        next(iter(failing))
+    assert list(other) == []
+
+
+def test_what_does_not_fit_into_memory_ends_alone(embedded: Path) -> None:
+    """The address space is cut, so that the cache of one long answer cannot be had."""
+    code = """
+import resource, sys
+from pathlib import Path
+from mistral_nb.engine import Engine, Sampling
+engine = Engine.load(Path(sys.argv[1]))
+greedy = Sampling(temperature=0)
+other = engine.submit([5, 6, 7], greedy, 60)
+tokens = iter(other)
+next(tokens)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+big = list(engine.submit([5, 6, 7], greedy, 8000))
+print(big[-1].finish_reason, big[-1].error, len(list(tokens)))
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(embedded)], capture_output=True, text=True, timeout=TIMEOUT)
+    assert run.stdout.startswith("error the model failed"), run.stderr
+    assert run.stdout.endswith("lower max_tokens 59\n")
+
+
 def test_close_ends_what_runs(embedded: Path, prompts: list[list[int]]) -> None:
     engine = Engine.load(embedded)
     generation = engine.submit(prompts[0], GREEDY, 4000)
     next(iter(generation))
+    model = weakref.ref(engine._model)
     engine.close()
     engine.close()
+    gc.collect()
+    assert model() is None
     assert last(generation).finish_reason == "cancelled"
     with pytest.raises(EngineError, match="start it again"):
         engine.submit(prompts[0], GREEDY, 1)
 
 
 def test_a_failing_step_ends_its_generations_and_no_others(engine: Engine, prompts: list[list[int]]) -> None:
-    """A cache of the wrong width makes torch raise, as running out of memory does."""
-    broken = engine.submit(prompts[4], GREEDY, 4000)
-    next(iter(broken))
+    """A cache of the wrong width makes torch raise, as running out of memory does: here in the middle of a prompt."""
+    other = engine.submit(prompts[0], GREEDY, 200)
+    next(iter(other))
+    broken = engine.submit([5] * 4000, GREEDY, 10)
+    assert wait_until(lambda: broken.cache is not None and broken.cache.length > 0)
     assert broken.cache is not None
     broken.cache._data = broken.cache._data[..., :3]
     end = last(broken)
     assert end.finish_reason == "error"
     assert "the model failed" in end.error
-    assert len(ids(engine.submit(prompts[0], GREEDY, 3))) == 3
+    assert len(ids(other)) == 199
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
 from mistral_nb.engine.args import ModelArgs
-from mistral_nb.engine.model import Span, Transformer
+from mistral_nb.engine.model import Cancelled, Span, Transformer
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ModelError
 
@@ -140,6 +140,27 @@ def test_tiny_models(tiny: tuple[Path, PreTrainedModel], split: int) -> None:
     assert relative(torch.cat(rows), oracle_logits(oracle, tokens)) < 1e-5
 
 
+def test_int8_needs_whole_vectors(tmp_path: Path) -> None:
+    """torch's int8 op reads out of bounds where a row is no multiple of 32."""
+    LlamaForCausalLM(CONFIGS["llama, tied"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="multiple of 32 inputs, not 48"):
+        transformer(tmp_path, "int8")
+
+
+def test_a_forward_is_given_up_between_layers(model: Transformer) -> None:
+    asked = []
+
+    def cancelled() -> bool:
+        asked.append(None)
+        return len(asked) > 3
+
+    cache = model.new_cache(len(PROMPT))
+    with pytest.raises(Cancelled):
+        model.forward([Span(PROMPT, cache)], cancelled=cancelled)
+    assert cache.length == 0
+    assert relative(model.forward([Span(PROMPT, cache)])[0], all_logits(model, PROMPT)[-1]) < 1e-5
+
+
 def test_shards_and_reduced_precision(tmp_path: Path) -> None:
     torch.manual_seed(1)
     oracle = MistralForCausalLM(CONFIGS["mistral"]).eval()
@@ -170,6 +191,11 @@ def edit_tensors(folder: Path, name: str, tensor: Tensor | None) -> None:
 
 NORM = "model.norm.weight"
 BROKEN = {
+    "holds no JSON object": lambda f: (f / "config.json").write_text("[]"),
+    "wrong type": lambda f: edit_config(f, hidden_size="64", head_dim=None),
+    "vocab_size is '500'": lambda f: edit_config(f, vocab_size="500"),
+    "norm_eps is 'small'": lambda f: edit_config(f, rms_norm_eps="small"),
+    "sliding_window is 0": lambda f: edit_config(f, sliding_window=0),
     "config.json": lambda f: (f / "config.json").unlink(),
     "not valid JSON": lambda f: (f / "config.json").write_text("{"),
     "hidden_size": lambda f: (f / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}'),

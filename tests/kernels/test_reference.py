@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -103,9 +104,8 @@ def test_quantize_int8_keeps_within_half_a_step() -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    """Bit by bit, at every number of rows and at any place among them; threads as the engine sets them."""
+    """Bit by bit, at every number of rows, at any place among them and with any number of threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 << (threads.bit_length() - 1))
     weight, scale = ops.quantize_int8(torch.randn(960, 576))
     norm = torch.rand(576)
     cos, sin = ops.rope_table(200, 64, 1e4)
@@ -113,12 +113,15 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         "linear_int8": (torch.randn(200, 576), lambda x: ops.linear_int8(x, weight, scale)),
         "rms_norm": (torch.randn(200, 576), lambda x: ops.rms_norm(x, norm, 1e-5)),
         "swiglu": (torch.randn(200, 3072), ops.swiglu),
+        "swiglu of Mistral-7B": (torch.randn(70, 2 * 14336), ops.swiglu),
         "rope": (torch.randn(200, 12, 64), lambda x: ops.rope(x, cos[: len(x)], sin[: len(x)])),
     }
     try:
         for name, (x, op) in cases.items():
+            torch.set_num_threads(1)
             together = op(x)
-            for rows in ROWS:
+            for rows, count in itertools.product(ROWS, (1, 2, 3, 4)):
+                torch.set_num_threads(count)
                 assert torch.equal(op(x[:rows]), together[:rows]), (name, rows)
                 if name != "rope":
                     assert torch.equal(op(x[3 : 3 + rows]), together[3 : 3 + rows]), (name, rows)
@@ -205,6 +208,23 @@ def test_ties_and_extremes() -> None:
     assert {ops.sample(edges, temperature=1, top_k=0, top_p=1, draw=d) for d in (0.0, 1 - 2**-32)} == {1, 2}
     hot = torch.randn(50) * 1e4
     assert ops.sample(hot, temperature=1e-3, top_k=0, top_p=1, draw=0.5) == int(hot.argmax())
+
+
+def test_a_top_k_of_ties_beyond_the_head_keeps_them_all() -> None:
+    flat = torch.zeros(1000)
+    chosen = {ops.sample(flat, temperature=1, top_k=5, top_p=0.5, draw=i / 2000) for i in range(2000)}
+    assert len(chosen) == 500
+
+
+def test_the_coldest_draw_is_greedy_and_broken_logits_are_an_error() -> None:
+    logits = torch.randn(50)
+    assert ops.sample(logits, temperature=1e-46, top_k=0, top_p=1, draw=0.99) == int(logits.argmax())
+    assert ops.sample(logits, temperature=1e-4, top_k=0, top_p=1, draw=0.99) == int(logits.argmax())
+    for broken in (math.nan, math.inf):
+        logits[7] = broken
+        for temperature in (0, 1):
+            with pytest.raises(FloatingPointError, match="largest logit"):
+                ops.sample(logits, temperature=temperature, top_k=0, top_p=1, draw=0.5)
 
 
 def test_repetition_penalty_zero_and_one_are_off() -> None:

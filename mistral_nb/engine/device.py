@@ -1,0 +1,63 @@
+"""What the engine runs on: device, precision, threads, and how much of the memory the KV cache may take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mistral_nb.engine.weights import Precision
+from mistral_nb.errors import ConfigurationError
+
+__all__ = ["available_cpus", "choose_device", "choose_precision", "free_memory"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """`auto` is an NVIDIA GPU where torch sees one, else the CPU. `ConfigurationError` for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device cuda was asked for, and torch sees no NVIDIA GPU; use cpu or auto")
+    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_precision(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """`auto` is int8 on the CPU, bf16 on a GPU, fp16 on one before compute capability 8.0."""
+    if device.type == "cpu":
+        return "int8" if asked == "auto" else asked
+    if asked == "int8":
+        raise ConfigurationError("precision int8 runs on the CPU only; use bf16, fp16 or auto on a GPU")
+    if asked == "auto":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return asked
+
+
+def available_cpus(cgroup: Path = _CGROUP) -> int:
+    """CPUs that this process may use: its affinity, cut by a container's quota where `cgroup` tells one; at least 1."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """CPUs by the control group's quota, version 2 or 1; None where there is none."""
+    try:
+        if (cgroup / "cpu.max").is_file():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on `device`; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
