@@ -23,7 +23,10 @@ _FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^(?P=fence)[`~
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds from asking to the first text (`ttft`, None before it) and to the end; tokens per second after it."""
+    """Seconds from asking to the first text (`ttft`) and to the end; tokens per second after the first.
+
+    `ttft` and the speed are None where the text came in one piece: when its first token was there, nobody saw.
+    """
 
     ttft: float | None
     total: float
@@ -83,7 +86,7 @@ class Result:
             f"adapter {served.adapter}" if served.adapter else "",
             f"{served.backend} on {served.device}" if served.device else served.backend,
             _count(self.usage.completion_tokens) if self.usage else "",
-            f"first token {_seconds(timings.ttft)}" if timings.ttft is not None else "",
+            f"first token {_seconds(timings.ttft)}" if timings.ttft is not None else _in_all(timings.total),
             f"{timings.tokens_per_second:.3g} tokens/s" if timings.tokens_per_second is not None else "",
             self.finish_reason or "",
         ]
@@ -201,21 +204,30 @@ class Answer:
         )
 
     def _served_by(self) -> Description:
-        description = self._backend.describe()
-        return replace(description, model=self._model or description.model, adapter=self._request.lora)
+        """A peer that names another model than was asked has a stand-in for it."""
+        asked = self._backend.describe()
+        model = self._model or asked.model
+        stands_in = asked.stand_in_for if model == asked.model else asked.stand_in_for or asked.model
+        return replace(asked, model=model, stand_in_for=stands_in, adapter=self._request.lora)
 
     def _timings(self, usage: Usage | None) -> Timings:
         """Decoding speed counts the tokens after the first over the time after the first."""
         ended = self._ended or time.perf_counter()
-        ttft = None if self._first is None else self._first - self._started
+        if self._first is None or len(self._parts) < 2:
+            return Timings(None, ended - self._started, None)
+        ttft = self._first - self._started
         rate = None
-        if self._first is not None and usage and usage.completion_tokens > 1 and ended > self._first:
+        if usage and usage.completion_tokens > 1 and ended > self._first:
             rate = (usage.completion_tokens - 1) / (ended - self._first)
         return Timings(ttft, ended - self._started, rate)
 
 
 def _count(tokens: int) -> str:
     return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
+
+
+def _in_all(total: float) -> str:
+    return f"{_seconds(total)} in all" if total else ""
 
 
 def _seconds(value: float) -> str:

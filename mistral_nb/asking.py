@@ -8,6 +8,7 @@ from typing import Any
 
 from mistral_nb.answer import Answer, Result
 from mistral_nb.config import load_settings
+from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import GenerationRequest, Message
 
 __all__ = ["ask", "make_request", "stream"]
@@ -57,6 +58,14 @@ def make_request(prompt: Prompt, system: str | None, fields: Mapping[str, Any]) 
     A field that is None is unset.
     """
     given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
+        raise InvalidRequest("prompt", prompt, "must be a text, or a conversation as a list of messages")
+    if "messages" in given:
+        raise InvalidRequest(
+            "messages",
+            given["messages"],
+            "give exactly one of prompt and messages: a conversation goes in the place of the prompt",
+        )
     request = GenerationRequest.from_dict({**given, "prompt" if isinstance(prompt, str) else "messages": prompt})
     if system is None:
         return request

@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from mistral_nb.answer import Answer, Result
 from mistral_nb.backends.local import Local
 from mistral_nb.config import Settings, load_settings
 from mistral_nb.engine_control import stop
-from mistral_nb.errors import MistralError, ModelError
+from mistral_nb.errors import ConfigurationError, MistralError, ModelError
 from mistral_nb.models import canonical, locate, pull
 from mistral_nb.types import GenerationRequest
 
@@ -93,15 +94,18 @@ class Bench:
         values = []
         for _ in range(runs):
             stop(self.settings, self.model, force=True)
-            values.append(first_token(self.answer(GenerationRequest(prompt="Say hello.", max_tokens=4, temperature=0))))
+            values.append(first_token(self.answer(GenerationRequest(prompt="Say hello.", max_tokens=8, temperature=0))))
             self.report(f"cold start: {values[-1]:.2f} s")
         return Measurement.of("cold engine start to first token", "s", values, "at most 15 s")
 
     def time_to_first_token(self, runs: int) -> Measurement:
         values = []
         for seed in range(runs + 1):
-            request = GenerationRequest(prompt=self.prompt(seed), raw=True, max_tokens=4, temperature=0)
-            values.append(first_token(self.answer(request)) * 1e3)
+            request = GenerationRequest(prompt=self.prompt(seed), raw=True, max_tokens=8, temperature=0)
+            result = self.answer(request)
+            assert result.usage
+            assert result.usage.prompt_tokens == PROMPT_TOKENS, result.usage
+            values.append(first_token(result) * 1e3)
             self.report(f"first token: {values[-1]:.0f} ms")
         return Measurement.of(f"first token of a {PROMPT_TOKENS}-token prompt", "ms", values[1:], "at most 300 ms")
 
@@ -129,7 +133,12 @@ def first_token(result: Result) -> float:
 
 
 def run(model: str = "embedded", runs: int = 5, path: Path | None = None) -> int:
-    """Print the measurements, and the same as JSON; `path` takes the JSON instead. Returns the exit status."""
+    """Print the measurements, and the same as JSON; `path` takes the JSON instead. Returns the exit status.
+
+    Raises `ConfigurationError` before it measures when `path` cannot be written.
+    """
+    if path is not None:
+        check_writable(path)
     with tempfile.TemporaryDirectory(prefix="mistral-nb-bench-") as folder:
         os.environ |= {"MISTRAL_NB_RUNTIME_DIR": folder, "MISTRAL_NB_LOG_DIR": folder}
         settings = load_settings()
@@ -150,6 +159,17 @@ def run(model: str = "embedded", runs: int = 5, path: Path | None = None) -> int
     else:
         path.write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def check_writable(path: Path) -> None:
+    """`ConfigurationError` unless a file can be written there. Leaves no new file."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent), path.open("ab") if path.exists() else nullcontext():
+            return
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written ({error.strerror or error}); give --json another file"
+        ) from error
 
 
 def fetch(model: str) -> None:

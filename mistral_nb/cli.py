@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--serve-as", metavar="NAME", action="append", default=[], help="answer for this model's name too; repeatable"
     )
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    serve.add_argument("--host", default="127.0.0.1", help="loopback address to listen on (%(default)s)")
     serve.add_argument("--port", type=_port, default=0, help="port to listen on; 0 takes a free one (%(default)s)")
     serve.add_argument(
         "--idle-timeout",
@@ -56,15 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("model", help="name or alias, such as embedded")
     pull.set_defaults(command=_pull)
 
-    models = commands.add_parser("models", help="list the known and the installed models")
+    models = commands.add_parser("models", help="list the known and the installed models", description=_models.__doc__)
     models.set_defaults(command=_models)
 
-    status = commands.add_parser("status", help="list the running engines")
+    status = commands.add_parser("status", help="list the running engines", description=_status.__doc__)
     status.set_defaults(command=_status)
 
     stop = commands.add_parser("stop", help="end running engines", description=_stop.__doc__)
     stop.add_argument("model", nargs="?", help="only this model's engine")
-    stop.add_argument("--force", action="store_true", help="also while it is answering")
+    stop.add_argument(
+        "--force", action="store_true", help="also while it is answering, and kill it if it does not respond"
+    )
     stop.set_defaults(command=_stop)
 
     bench = commands.add_parser("bench", help="measure the local engine on this machine", description=_bench.__doc__)
@@ -73,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
     bench.set_defaults(command=_bench)
 
-    demo = commands.add_parser("demo", help="run a notebook and show its answers as they stream")
+    demo = commands.add_parser(
+        "demo", help="run a notebook and show its answers as they stream", description=_demo.__doc__
+    )
     demo.add_argument("notebook", type=Path, nargs="?", help="the notebook; in a checkout the quickstart by default")
     demo.set_defaults(command=_demo)
     return parser
@@ -154,7 +158,7 @@ class _Bar:
 
 
 def _models(options: argparse.Namespace) -> int:
-    """List the known and the installed models."""
+    """List the models that are known by name and those in the store, with their sizes, and where the store is."""
     from mistral_nb.report import models_table
 
     print(models_table())
@@ -162,7 +166,7 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    """List the running engines."""
+    """List the running engines: their models, what they do, where they are, and their logs."""
     from mistral_nb.config import load_settings
     from mistral_nb.engine_control import status
     from mistral_nb.report import engines_table
@@ -172,7 +176,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    """End running engines. One that is answering goes on, unless forced."""
+    """End running engines. One that is answering, or does not respond, is left alone unless forced."""
     from mistral_nb.config import load_settings
     from mistral_nb.engine_control import stop
 

@@ -20,10 +20,21 @@ from typing import Any, Literal, NoReturn
 
 from mistral_nb.errors import ConfigurationError
 
-__all__ = ["BACKENDS", "SETTINGS", "Secret", "Setting", "Settings", "config_path", "load_settings"]
+__all__ = [
+    "BACKENDS",
+    "SETTINGS",
+    "USE_LOCAL",
+    "Secret",
+    "Setting",
+    "Settings",
+    "config_path",
+    "environment_without_secrets",
+    "load_settings",
+]
 
 BACKENDS = ("auto", "cloudflare", "local")
 CLOUDFLARE_URL = "https://api.cloudflare.com/client/v4"
+USE_LOCAL = 'use the local engine: --backend local, in Python backend="local"'
 
 _FOLDERS = {"home": "MISTRAL_NB_HOME", "runtime_dir": "MISTRAL_NB_RUNTIME_DIR", "log_dir": "MISTRAL_NB_LOG_DIR"}
 
@@ -183,6 +194,12 @@ def load_settings(
                 values[name] = _checked(_BY_NAME[name], value, origin)
                 sources[name] = origin
     return Settings(**values, sources=sources)
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """This process's environment for a child that needs no account: without the variables that hold tokens."""
+    secrets = {variable for setting in SETTINGS if setting.kind == "secret" for variable in setting.variables}
+    return {name: value for name, value in os.environ.items() if name not in secrets}
 
 
 _Layer = Iterable[tuple[str, Any, str]]

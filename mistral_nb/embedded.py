@@ -7,7 +7,6 @@ settings, checked by SHA-256, and converted.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_nb.config import environment_without_secrets
 from mistral_nb.errors import PullError
 
 __all__ = ["SOURCE", "Report", "Source", "build"]
@@ -91,7 +91,7 @@ def _download(source: Source, staging: Path, report: Report) -> Path:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))},
+            env={**environment_without_secrets(), **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))},
             start_new_session=True,
         )
         try:

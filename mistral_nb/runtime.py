@@ -1,35 +1,39 @@
 """Where a notebook and an engine process meet: the record, the start lock and the log of each model's engine.
 
-One engine process per model. In the runtime folder (0700) lie, for each, `engine-<slug>.json` (0600: how to reach it,
-its bearer token among that), `engine-<slug>.lock` (held by whoever is starting it), and in the log folder
-`engine-<slug>.log`. Nothing here needs torch or an HTTP package.
+One engine process per model. In the runtime folder, which nobody else may write to, lie, for each,
+`engine-<slug>.json` (0600: how to reach it, its bearer token among that), `engine-<slug>.lock` (held by whoever is
+starting it), and in the log folder `engine-<slug>.log`. Nothing here needs torch or an HTTP package.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import ipaddress
+import itertools
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.locks import StartLock
 
 __all__ = [
     "PROTOCOL",
     "EngineRecord",
     "StartLock",
     "all_records",
+    "is_engine",
+    "is_loopback",
     "is_running",
     "log_path",
     "process_alive",
@@ -45,12 +49,15 @@ PROTOCOL = 1
 """Version of the endpoints that a client and an engine process must agree on."""
 
 _CONNECT_TIMEOUT = 1.0
-_LOCK_POLL = 0.05
+_SCRIPTS = ("mistral_nb", "mistral-nb")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """How to reach one engine process. `started` is in Unix seconds; `host` is an address that a client connects to."""
+    """How to reach one engine process, and which names besides `model` it answers for (`serve_as`).
+
+    `started` is in Unix seconds; `host` is the address that a client connects to.
+    """
 
     pid: int
     port: int
@@ -61,6 +68,7 @@ class EngineRecord:
     log: str
     started: float
     host: str = "127.0.0.1"
+    serve_as: tuple[str, ...] = ()
 
     @property
     def base_url(self) -> str:
@@ -69,18 +77,32 @@ class EngineRecord:
 
 
 def runtime_dir() -> Path:
-    """The folder of the records, made 0700. `ConfigurationError` when it cannot be made or is another user's."""
+    """The folder of the records; made, with the mode 0700, where it is not there.
+
+    `ConfigurationError` when it cannot be made, is another user's, or others may write to it. The mode of a folder that
+    was there is left as it is: it may be anything that the user named.
+    """
     folder = _setting("MISTRAL_NB_RUNTIME_DIR") or _platform_runtime_dir()
-    try:
+    with _in_runtime_dir(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name == "posix":
-            _make_private(folder)
+        problem = _unsafe(folder) if sys.platform != "win32" else ""
+    if problem:
+        raise ConfigurationError(
+            f"the runtime folder {folder} is not safe: {problem}set MISTRAL_NB_RUNTIME_DIR to a folder of your own"
+        )
+    return folder
+
+
+@contextmanager
+def _in_runtime_dir(folder: Path) -> Iterator[None]:
+    """Turns an `OSError` of the block into a `ConfigurationError` that names the folder and its variable."""
+    try:
+        yield
     except OSError as error:
         raise ConfigurationError(
             f"the runtime folder {folder} cannot be used ({error.strerror or error}); "
-            "set MISTRAL_NB_RUNTIME_DIR to a folder of your own"
+            "set MISTRAL_NB_RUNTIME_DIR to a folder that you can write to"
         ) from error
-    return folder
 
 
 def log_path(model: str) -> Path:
@@ -116,17 +138,15 @@ def all_records() -> list[EngineRecord]:
 def write_record(record: EngineRecord) -> None:
     """Replace the record of `record.model` at one stroke; readable by this user only (0600)."""
     path = record_path(record.model)
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(record), file)
-        os.replace(staged, path)
-    except OSError as error:
-        Path(staged).unlink(missing_ok=True)
-        raise ConfigurationError(
-            f"the runtime folder {path.parent} cannot be written ({error.strerror or error}); "
-            "set MISTRAL_NB_RUNTIME_DIR to a folder that you can write to"
-        ) from error
+    with _in_runtime_dir(path.parent):
+        handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(asdict(record), file)
+            os.replace(staged, path)
+        except OSError:
+            Path(staged).unlink(missing_ok=True)
+            raise
 
 
 def remove_record(record: EngineRecord) -> bool:
@@ -134,7 +154,9 @@ def remove_record(record: EngineRecord) -> bool:
     current = read_record(record.model)
     if current is None or (current.pid, current.token) != (record.pid, record.token):
         return False
-    record_path(record.model).unlink(missing_ok=True)
+    path = record_path(record.model)
+    with _in_runtime_dir(path.parent):
+        path.unlink(missing_ok=True)
     return True
 
 
@@ -150,7 +172,7 @@ def is_running(record: EngineRecord) -> bool:
 
 
 def process_alive(pid: int) -> bool:
-    """Whether a process of this number exists, one of another user's included."""
+    """Whether a process of this number lives, one of another user's included. A zombie, where seen, does not."""
     if pid <= 0:
         return False
     if sys.platform == "win32":
@@ -161,53 +183,45 @@ def process_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return not (sys.platform == "linux" and _is_zombie(pid))
 
 
-class StartLock:
-    """Held across processes by the one that starts `model`'s engine; the system frees it when its holder dies."""
+def is_engine(record: EngineRecord) -> bool:
+    """Whether the process with the record's number lives and is an engine, as far as the system tells.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle: int | None = None
+    Linux shows its command line. Elsewhere the record must be the one that lies in the runtime folder.
+    """
+    if not process_alive(record.pid):
+        return False
+    if sys.platform != "linux":
+        return read_record(record.model) == record
+    try:
+        words = Path(f"/proc/{record.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    names = [os.fsdecode(word) for word in words]
+    return any(Path(one).name in _SCRIPTS and two == "serve" for one, two in itertools.pairwise(names))
 
-    def try_acquire(self) -> bool:
-        """Take the lock if nobody holds it."""
-        if self._handle is not None:
-            return False
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _lock(handle):
-            os.close(handle)
-            return False
-        self._handle = handle
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address can only be this machine."""
+    if host == "localhost":
         return True
-
-    def acquire(self, cancelled: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for the lock. False, without it, as soon as `cancelled()` is true."""
-        while not self.try_acquire():
-            if cancelled():
-                return False
-            time.sleep(_LOCK_POLL)
-        return True
-
-    def release(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def __enter__(self) -> StartLock:
-        self.acquire()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def start_lock(model: str) -> StartLock:
-    """The lock under which an engine of `model` is looked for and started. Not yet taken."""
-    return StartLock(runtime_dir() / f"{_stem(model)}.lock")
+    """The lock under which an engine of `model` is looked for and started. Not yet taken.
+
+    `ConfigurationError` when its file cannot be written.
+    """
+    path = runtime_dir() / f"{_stem(model)}.lock"
+    with _in_runtime_dir(path.parent):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    return StartLock(path)
 
 
 def _stem(model: str) -> str:
@@ -226,8 +240,9 @@ def _parse(path: Path) -> EngineRecord | None:
         return None
     if not isinstance(data, dict):
         return None
+    known = {f.name: data[f.name] for f in fields(EngineRecord) if f.name in data}
     try:
-        return EngineRecord(**{f.name: data[f.name] for f in fields(EngineRecord) if f.name in data})
+        return EngineRecord(**{**known, "serve_as": tuple(known.get("serve_as", ()))})
     except TypeError:
         return None
 
@@ -256,24 +271,8 @@ def _platform_log_dir() -> Path:
     return Path(platformdirs.user_log_path("mistral-nb", appauthor=False))
 
 
-def _make_private(folder: Path) -> None:
-    status = folder.stat()
-    if status.st_uid != os.getuid():
-        raise PermissionError(1, "it belongs to another user")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
 if sys.platform == "win32":
     import ctypes
-    import msvcrt
-
-    def _lock(handle: int) -> bool:
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
 
     def _process_alive_windows(pid: int) -> bool:
         query_limited_information, still_active = 0x1000, 259
@@ -287,10 +286,19 @@ if sys.platform == "win32":
         return code.value == still_active
 
 else:
-    import fcntl
 
-    def _lock(handle: int) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
+    def _unsafe(folder: Path) -> str:
+        """Why others could put files of theirs into the folder, and what to do; empty where they cannot."""
+        status = folder.stat()
+        if status.st_uid != os.getuid():
+            return "it belongs to another user; "
+        if not status.st_mode & 0o022:
+            return ""
+        return f"others may write to it; run `chmod 700 {shlex.quote(str(folder))}` if it is yours alone, or "
+
+    def _is_zombie(pid: int) -> bool:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in "ZX"

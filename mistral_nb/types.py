@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 MAX_TEXT = 131_072
+MAX_NAME = 1024
 MAX_STOP = 4
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -69,7 +70,7 @@ FIELDS: tuple[Field, ...] = (
     Field("repetition_penalty", "float", "Divide the score of tokens already seen; 0 and 1 are off.", None, 0, 2),
     Field("frequency_penalty", "float", "Lower a token's score by this for each time it was written.", None, 0, 2),
     Field("presence_penalty", "float", "Lower a token's score by this once it was written.", None, 0, 2),
-    Field("lora", "text", "Name or id of a LoRA adapter.", None, 1, 1024),
+    Field("lora", "text", "Name or id of a LoRA adapter.", None, 1, MAX_NAME),
     Field("functions", "functions", "Functions as [{name, code}], passed on and never run."),
     Field("stop", "texts", f"Stop before any of these texts (at most {MAX_STOP}).", None, local_only=True),
     Field("lora_scale", "float", "Weight of the LoRA adapter.", None, 0, 10, local_only=True),
@@ -79,7 +80,7 @@ _BY_NAME = {field.name: field for field in FIELDS}
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool; `content` holds at most 131072 characters."""
+    """One turn. `role` is system, user, assistant or tool; `content` holds at most 131072 characters, `name` 1024."""
 
     role: str
     content: str
@@ -88,13 +89,9 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InvalidRequest("role", self.role, f"must be one of {', '.join(ROLES)}")
-        if not isinstance(self.content, str):
-            raise InvalidRequest("content", self.content, "must be a text")
-        if len(self.content) > MAX_TEXT:
-            raise InvalidRequest(
-                "content", f"{len(self.content)} characters", f"must hold at most {MAX_TEXT} characters"
-            )
-        _check_unicode("content", self.content)
+        _check_text("content", self.content, MAX_TEXT)
+        if self.name is not None:
+            _check_text("name", self.name, MAX_NAME)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Message:
@@ -106,7 +103,7 @@ class Message:
                 raise InvalidRequest("messages", dict(data), f"an entry lacks {key!r}")
         unknown = set(data) - {"role", "content", "name"}
         if unknown:
-            raise InvalidRequest("messages", sorted(unknown), "an entry holds only role, content and name")
+            raise InvalidRequest("messages", sorted(map(str, unknown)), "an entry holds only role, content and name")
         return cls(**data)
 
     def to_dict(self) -> dict[str, str]:
@@ -116,17 +113,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function offered to the model: its name and its source. The source is never executed."""
+    """A function offered to the model: its name, at most 1024 characters, and its source, at most 131072.
+
+    The source is never executed.
+    """
 
     name: str
     code: str
+
+    def __post_init__(self) -> None:
+        _check_text("functions", self.name, MAX_NAME, part="the name")
+        _check_text("functions", self.code, MAX_TEXT, part="the code")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Function:
         if not isinstance(data, Mapping) or set(data) != {"name", "code"}:
             raise InvalidRequest("functions", data, "each entry must be an object with name and code")
-        if not all(isinstance(value, str) for value in data.values()):
-            raise InvalidRequest("functions", data, "name and code must be texts")
         return cls(**data)
 
 
@@ -168,6 +170,8 @@ class GenerationRequest:
             object.__setattr__(self, field.name, _checked(field, value))
         if self.prompt is not None and not self.prompt.strip():
             raise InvalidRequest("prompt", self.prompt, "must not be empty")
+        if self.messages and self.messages[-1].role == "user" and not self.messages[-1].content.strip():
+            raise InvalidRequest("content", self.messages[-1].content, "must not be empty")
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> GenerationRequest:
@@ -220,15 +224,10 @@ def _checked(field: Field, value: Any) -> Any:
         case "int" | "float":
             return _number(field, value)
         case "text":
-            if not isinstance(value, str):
-                raise InvalidRequest(field.name, value, "must be a text")
-            if field.maximum is not None and len(value) > field.maximum:
-                raise InvalidRequest(
-                    field.name, f"{len(value)} characters", f"must hold at most {int(field.maximum)} characters"
-                )
+            assert field.maximum is not None
+            _check_text(field.name, value, int(field.maximum))
             if not value:
                 raise InvalidRequest(field.name, value, "must not be empty")
-            _check_unicode(field.name, value)
         case "texts":
             return _stops(field, value)
         case "messages":
@@ -238,13 +237,21 @@ def _checked(field: Field, value: Any) -> Any:
     return value
 
 
-def _check_unicode(name: str, text: str) -> None:
-    """`InvalidRequest` for half a surrogate pair, which no encoding can carry."""
+def _check_text(field: str, value: Any, longest: int, part: str = "") -> None:
+    """`InvalidRequest` unless `value` is a text of at most `longest` characters that can be encoded.
+
+    Half of a surrogate pair cannot. `part` names what of the field is meant, where it holds several texts.
+    """
+    prefix = f"{part} " if part else ""
+    if not isinstance(value, str):
+        raise InvalidRequest(field, value, f"{prefix}must be a text")
+    if len(value) > longest:
+        raise InvalidRequest(field, f"{len(value)} characters", f"{prefix}must hold at most {longest} characters")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        problem = f"holds a lone surrogate at character {error.start}; remove it"
-        raise InvalidRequest(name, text[error.start], problem) from error
+        problem = f"{prefix}holds a lone surrogate at character {error.start}; remove it"
+        raise InvalidRequest(field, value[error.start], problem) from error
 
 
 def _number(field: Field, value: Any) -> int | float:
@@ -267,6 +274,8 @@ def _stops(field: Field, value: Any) -> tuple[str, ...]:
         raise InvalidRequest(field.name, value, "must be a list of texts, none of them empty")
     if not 1 <= len(texts) <= MAX_STOP:
         raise InvalidRequest(field.name, value, f"must hold 1 to {MAX_STOP} texts")
+    for text in texts:
+        _check_text(field.name, text, MAX_TEXT)
     return tuple(texts)
 
 

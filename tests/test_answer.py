@@ -53,7 +53,7 @@ def test_ask_gives_the_whole_answer_and_who_gave_it(peer: Peer) -> None:
     peer.scripts = [good("Hel", "lo")]
     result = mistral_nb.ask("Hi", temperature=0, seed=None)
     assert str(result) == result.text == "Hello"
-    assert (result.backend, result.model, result.device) == ("cloudflare", MODEL, "Workers AI")
+    assert (result.backend, result.model, result.device) == ("cloudflare", MODEL, f"127.0.0.1:{peer.port}")
     assert (result.finish_reason, result.usage, result.adapter) == ("stop", Usage(7, 3), None)
     assert result.timings.ttft
     assert 0 < result.timings.ttft <= result.timings.total
@@ -98,7 +98,12 @@ def test_a_conversation_and_a_system_text(peer: Peer, prompt: Any, system: str |
         ({"prompt": ""}, "empty"),
         ({"prompt": " ", "system": "Be brief."}, "empty"),
         ({"prompt": []}, "at least one"),
-        ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}, "exactly one"),
+        ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}, "^messages = .*exactly one"),
+        ({"prompt": "Hi", "messages": []}, "^messages = .*exactly one"),
+        ({"prompt": [Message("user", "a")], "messages": [Message("user", "b")]}, "^messages = .*exactly one"),
+        ({"prompt": 5}, "^prompt = 5: must be a text, or a conversation"),
+        ({"prompt": None}, "^prompt = None: must be a text"),
+        ({"prompt": {"role": "user", "content": "Hi"}}, "^prompt = .*must be a text"),
         ({"prompt": "Hi", "temprature": 1}, "did you mean 'temperature'"),
         ({"prompt": "Hi", "temperature": 9}, "0 to 5"),
         ({"prompt": "Hi", "stop": "x"}, "--backend local"),
@@ -165,6 +170,7 @@ def test_the_model_that_answered_is_the_one_that_the_peer_names(peer: Peer) -> N
     answer = mistral_nb.stream("Hi", lora="mine")
     assert [chunk.model for chunk in answer] == ["stand-in", "stand-in"]
     assert (answer.result.model, answer.result.adapter) == ("stand-in", "mine")
+    assert answer.result.served_by.stand_in_for == MODEL
 
 
 def test_without_ipython(peer: Peer) -> None:
@@ -195,7 +201,8 @@ def test_the_footer_is_one_line_of_what_is_known() -> None:
     )
     served = Description("cloudflare", "@cf/m", adapter="mine")
     bare = made(served_by=served, usage=None, timings=Timings(None, 1.0, None), finish_reason=None)
-    assert bare.footer == "@cf/m · adapter mine · cloudflare"
+    assert bare.footer == "@cf/m · adapter mine · cloudflare · 1.0 s in all"
+    assert made(timings=Timings(None, 0.0, None)).footer.endswith("61 tokens · stop")
     assert "1 token ·" in made(usage=Usage(1, 1)).footer
     assert "first token 2.5 s" in made(timings=Timings(2.5, 3.0, None)).footer
 
@@ -243,6 +250,20 @@ def test_speed_counts_what_comes_after_the_first_token(peer: Peer) -> None:
     timings = mistral_nb.ask("Hi").timings
     assert timings.ttft
     assert timings.tokens_per_second == pytest.approx(2 / (timings.total - timings.ttft))
+
+
+@pytest.mark.parametrize(
+    "script", [good("a b c"), body({"result": {"response": "a b c", "usage": USAGE}, "success": True})]
+)
+def test_an_answer_in_one_piece_has_no_speed(peer: Peer, script: Any) -> None:
+    """Nobody saw when its first token was there."""
+    peer.scripts = [script]
+    result = mistral_nb.ask("Hi", stream=len(script) > 1)
+    assert (result.timings.ttft, result.timings.tokens_per_second) == (None, None)
+    assert result.timings.total > 0
+    assert "first token" not in result.footer
+    assert "tokens/s" not in result.footer
+    assert "in all" in result.footer
 
 
 def test_a_status_is_no_text(peer: Peer) -> None:

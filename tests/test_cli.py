@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_bad_usage(arguments: list[str], expected: str, capsys: pytest.CaptureFi
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "pull", "stop", "bench", "demo"])
+@pytest.mark.parametrize("command", ["serve", "pull", "models", "status", "stop", "bench", "demo"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -56,6 +57,7 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert f"mistral-nb {command}" in shown
     assert "--managed" not in shown
+    assert re.search(r"^\w.*\.$", shown, re.MULTILINE), "a sentence says what it does"
 
 
 def test_models_tells_what_is_known_and_what_is_here(
@@ -65,6 +67,8 @@ def test_models_tells_what_is_known_and_what_is_here(
     own = tmp_path / "models" / "my-model"
     own.mkdir(parents=True)
     (own / "config.json").write_text("{}" * 1_000_000)
+    for name in ("tokenizer.json", "model.safetensors"):
+        (own / name).write_text("")
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {model.name for model in models.KNOWN} | {"my-model"} <= {line.split()[0] for line in lines}
@@ -98,6 +102,18 @@ def test_an_error_is_one_line_with_the_next_step(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("place", ["no-such-folder/out.json", "."])
+def test_a_benchmark_that_could_not_be_written_is_not_begun(
+    place: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+    assert main(["bench", "--model", "mistral-7b", "--json", str(tmp_path / place)]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "--json" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_engines_there_is_nothing_to_show_or_stop(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +127,8 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (checkpoint / name).write_text("{}")
     done = run("serve", "--model", str(checkpoint), MISTRAL_NB_LOG_DIR=str(tmp_path / "file" / "logs"))
     assert done.returncode == 1
     assert f"{tmp_path}/file/logs cannot be written" in done.stderr

@@ -20,25 +20,29 @@ from typing import Any
 
 import pytest
 
+import mistral_nb
 from mistral_nb import __version__, runtime
 from mistral_nb.answer import Answer
 from mistral_nb.backends import Local
 from mistral_nb.backends.pump import Pump
 from mistral_nb.config import load_settings
-from mistral_nb.engine_control import check, is_gone, status, stop
+from mistral_nb.engine_control import Child, call, check, ended, is_gone, kill, remember, status, stop
 from mistral_nb.errors import (
     ConfigurationError,
     EngineBusy,
     EngineCrashed,
+    EngineError,
     EngineStartError,
     MissingDependency,
     MistralError,
     ModelError,
+    UnknownModel,
 )
 from mistral_nb.models import EMBEDDED
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.types import Chunk, GenerationRequest
 from tests.backends.scripted import PATIENCE, Peer, eventually, head
+from tests.server.engines import Engines
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUND = 0.2
@@ -133,6 +137,57 @@ def test_an_engine_that_is_killed_in_the_middle_is_told_and_the_next_answer_come
     assert "Paris" in text_of(list(local().stream(SHORT)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="an engine is known by its command line in /proc")
+def test_an_engine_that_hangs_is_ended_and_never_taken_for_absent(alone: Path) -> None:
+    """Not by `stop` without force; by the next question, and by `stop` with it."""
+    list(local().stream(SHORT))
+    hung = record()
+    os.kill(hung.pid, signal.SIGSTOP)
+    impatient = load_settings({"connect_timeout": 0.5})
+    [seen] = status(impatient)
+    assert (seen.record, seen.health) == (hung, None)
+    with pytest.raises(EngineError, match=rf"{hung.pid}.*--force.*{hung.log}"):
+        stop(impatient)
+    assert runtime.process_alive(hung.pid)
+
+    chunks = list(Local(impatient).stream(SHORT))
+    assert "Replacing the engine" in [chunk.status for chunk in chunks]
+    assert "Paris" in text_of(chunks)
+    assert not runtime.process_alive(hung.pid)
+
+    other = record()
+    os.kill(other.pid, signal.SIGSTOP)
+    [told] = stop(impatient, "embedded", force=True)
+    assert told.startswith(EMBEDDED)
+    assert "killed" in told
+    assert not runtime.process_alive(other.pid)
+    assert runtime.read_record(EMBEDDED) is None
+
+
+def test_a_process_that_is_no_engine_is_never_ended(alone: Path) -> None:
+    """Its number was an engine's once; nobody answers on that engine's port."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        runtime.write_record(record_of(other.pid))
+        assert status(load_settings()) == []
+        with pytest.raises(EngineError, match="no engine"):
+            kill(record_of(other.pid))
+        assert stop(load_settings(), force=True) == []
+        assert other.poll() is None
+        assert runtime.read_record(EMBEDDED) is None
+        other.communicate(b"\n")
+
+
+def test_a_child_that_ended_is_told_from_another_process_of_its_number(alone: Path) -> None:
+    child = Child([sys.executable, "-c", "raise SystemExit(3)"])
+    child.wait()
+    remember(child, record_of(os.getpid()))
+    assert is_gone(record_of(os.getpid()))
+    assert ended(record_of(os.getpid())) == "exit status 3"
+    later = replace(record_of(os.getpid()), started=1.0)
+    assert ended(later) == ""
+    assert sys.platform != "linux" or not is_gone(later)
+
+
 def test_an_engine_that_is_killed_while_it_loads_is_told() -> None:
     stop(load_settings(), force=True)
     stream = local().stream(SHORT)
@@ -173,6 +228,30 @@ def test_an_engine_that_ends_after_it_was_found_is_started_again() -> None:
     going.close()
 
 
+@pytest.mark.parametrize("how", ["it says that it is stopping", "reset", "close"])
+def test_an_engine_that_ends_before_the_first_text_is_started_again(how: str) -> None:
+    """Found while it was still there, it was idle too long when the question came."""
+    stop(load_settings(), force=True)
+    going = Peer()
+    ready = {"protocol": runtime.PROTOCOL, "version": __version__, "state": "ready", "model": EMBEDDED}
+    healthy = head("200 OK", "application/json") + json.dumps(ready).encode()
+    stopping = head("200 OK", "application/json") + json.dumps({**ready, "state": "stopping"}).encode()
+    errors = {"errors": [{"message": "the engine was stopped", "code": 3043}], "success": False}
+    refusal = head("503 Unavailable", "application/json") + json.dumps(errors).encode()
+    ends: dict[str, list[Any]] = {
+        "it says that it is stopping": [[refusal], [going.stop_listening, stopping]],
+        "reset": [[going.stop_listening, "reset"]],
+        "close": [[going.stop_listening, head()]],
+    }
+    going.scripts = [[healthy], [healthy], *ends[how]]
+    runtime.write_record(replace(record_of(os.getpid()), port=going.port))
+    chunks = list(local().stream(SHORT))
+    assert [seen.line.split()[0] for seen in going.seen][:3] == ["GET", "GET", "POST"]
+    assert "Paris" in text_of(chunks)
+    assert record().pid != os.getpid()
+    going.close()
+
+
 def test_only_an_engine_that_takes_the_token_counts() -> None:
     silent = Peer(scripts=[["hold"]])
     rude = Peer(scripts=[[head("200 OK", "text/html") + b"<html>"]])
@@ -187,6 +266,9 @@ def test_only_an_engine_that_takes_the_token_counts() -> None:
     for peer in (silent, rude, stranger):
         peer.close()
     assert check(replace(base, port=rude.port), timeout=5) is None
+    with pytest.raises(ValueError, match="not on this machine"):
+        call(replace(base, host="192.0.2.1"), "GET", "/engine/health", timeout=0.2)
+    assert check(replace(base, host="192.0.2.1"), timeout=0.2) is None
 
 
 OLD_VERSION = """
@@ -273,8 +355,44 @@ def test_status_and_stop() -> None:
     assert engine.token not in repr(found)
     assert stop(load_settings(), "embedded") == [EMBEDDED]
     assert is_gone(engine)
+    assert not runtime.process_alive(engine.pid), "not only its port is closed"
     assert status(load_settings()) == []
     assert stop(load_settings()) == []
+
+
+NAME = "@hf/mistral/mistral-7b-instruct-v0.2"
+
+
+def test_a_running_engine_answers_for_the_names_that_it_was_given(alone: Path) -> None:
+    """And says what it is. Without it nobody does."""
+    engines = Engines(alone)
+    try:
+        engines.start("--managed", "--serve-as", NAME)
+        backend = Local(load_settings(), NAME.upper())
+        result = mistral_nb.ask("What is the capital of France?", backend="local", model=NAME, max_tokens=8)
+        assert (result.model, result.served_by.stand_in_for) == ("SmolLM2 135M Instruct", NAME)
+        assert f"SmolLM2 135M Instruct (stand-in for {NAME})" in result.footer
+        by_its_own = mistral_nb.ask("What is the capital of France?", backend="local", max_tokens=2)
+        assert by_its_own.served_by.stand_in_for == "Mistral-7B-Instruct"
+        assert len(backend.tokenize(SHORT).tokens) > 5
+    finally:
+        engines.end()
+    with pytest.raises(UnknownModel):
+        mistral_nb.ask("Hi", backend="local", model=NAME)
+    with pytest.raises(UnknownModel, match=f"serve --model embedded --serve-as {NAME.upper()}"):
+        list(backend.stream(SHORT))
+    assert runtime.read_record(EMBEDDED) is None or is_gone(record())
+
+
+def test_nothing_is_started_for_one_who_hung_up_while_waiting_for_the_lock(alone: Path) -> None:
+    before = set(children(os.getpid()))
+    with runtime.start_lock(EMBEDDED):
+        stream = local().stream(SHORT)
+        until(stream, "Starting the engine")
+        stream.close()
+    assert eventually(lambda: "mistral-nb" not in {thread.name for thread in threading.enumerate()})
+    assert set(children(os.getpid())) <= before
+    assert runtime.read_record(EMBEDDED) is None
 
 
 def broken_python(folder: Path) -> str:
@@ -297,7 +415,8 @@ def test_a_process_that_ends_before_it_listens_is_told_with_its_log(
 def test_a_model_that_cannot_be_loaded_is_told_with_its_log(alone: Path) -> None:
     folder = alone / "model"
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text('{"model_type": "llama"}')
     with pytest.raises(EngineStartError, match="could not load") as caught:
         list(Local(load_settings(), str(folder)).stream(SHORT))
     assert str(alone / "log") in str(caught.value)
@@ -339,9 +458,13 @@ def test_closing_while_the_model_is_pulled_leaves_nothing(alone: Path, monkeypat
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.port}/simple")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("CLOUDFLARE_API_TOKEN", "t0ken-for-nobody-else")
     stream = local().stream(SHORT)
     until(stream, "Pulling the embedded model: downloading")
     assert index.asked.wait(PATIENCE)
+    seen = [Path(f"/proc/{pid}/environ").read_bytes() for pid in children(os.getpid())]
+    assert any(b"PIP_INDEX_URL" in environment for environment in seen)
+    assert not any(b"t0ken-for-nobody-else" in environment for environment in seen)
     assert close_while_blocked(stream) < BOUND
     assert index.gone.wait(PATIENCE)
     assert eventually(lambda: list((alone / "home" / "models").glob(".staging*")) == [])
@@ -402,6 +525,45 @@ def test_the_engine_survives_an_interrupt_of_the_notebooks_process_group(alone: 
     assert eventually(lambda: runtime.read_record(EMBEDDED) is not None)
     assert record().pid == engine
     assert not is_gone(record())
+
+
+INTERRUPTED_DRY_RUN = """
+    from mistral_nb.backends import Local
+    from mistral_nb.config import load_settings
+    from mistral_nb.types import GenerationRequest
+    request = GenerationRequest(prompt="Hello")
+    try:
+        Local(load_settings()).tokenize(request, lambda status: print(status, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    print(len(Local(load_settings()).tokenize(request).tokens) > 1)
+"""
+
+
+def test_a_dry_run_that_is_interrupted_leaves_no_second_engine(alone: Path) -> None:
+    notebook = python(INTERRUPTED_DRY_RUN)
+    assert notebook.stdout
+    assert eventually(lambda: bool(children(notebook.pid)), 60)
+    [engine] = children(notebook.pid)
+    notebook.send_signal(signal.SIGINT)
+    said = [line.strip() for line in notebook.stdout]
+    notebook.stdout.close()
+    assert notebook.wait(PATIENCE) == 0
+    assert said[-2:] == ["interrupted", "True"]
+    assert record().pid == engine
+    assert runtime.log_path(EMBEDDED).read_text().count("loading from") == 1
+
+
+def test_a_dry_run_ends_when_nobody_listens_to_it(alone: Path) -> None:
+    class Gone(Exception): ...
+
+    def say(status: str) -> None:
+        raise Gone
+
+    with runtime.start_lock(EMBEDDED), pytest.raises(Gone):
+        local().tokenize(SHORT, say)
+    assert eventually(lambda: "mistral-nb" not in {thread.name for thread in threading.enumerate()})
+    assert runtime.read_record(EMBEDDED) is None
 
 
 def children(parent: int) -> list[int]:

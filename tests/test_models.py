@@ -1,4 +1,4 @@
-"""The store, the pull and the conversion, with a real pip and a tiny GGUF in a wheel of its own."""
+"""The store and the pull, with a real pip and a tiny GGUF in a wheel of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,25 +16,17 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from mistral_nb import embedded as source_of_embedded
 from mistral_nb import models
 from mistral_nb.embedded import Source
+from mistral_nb.engine.tokenizer import load_tokenizer
 from mistral_nb.errors import MissingDependency, ModelError, PullError, UnknownModel
-from mistral_nb.gguf_import import convert
 from mistral_nb.models import EMBEDDED, Progress
-from tests.tiny_gguf import HEADS, KV_HEADS, LAYERS, MEMBER, make_wheel, tiny_gguf
+from tests.tiny_gguf import MEMBER, make_wheel, tiny_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's own way from Hugging Face's row order to GGUF's."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 @pytest.fixture
@@ -88,6 +81,14 @@ def left_behind(store: Path) -> list[str]:
     return [path.name for path in store.iterdir() if path.suffix != ".lock"]
 
 
+def place(folder: Path) -> Path:
+    """A folder with the files of a checkpoint, 2 bytes each."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
 def wait_until_closed(connection: socket.socket) -> None:
     """Returns once the peer has closed, which a process that ends does."""
     connection.settimeout(60)
@@ -122,10 +123,67 @@ def test_a_folder_is_a_model(store: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     assert models.canonical("mine") == str(tmp_path / "mine")
-    with pytest.raises(ModelError, match=r"neither config.json nor params.json"):
-        models.locate("mine")
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    assert models.locate("mine") == tmp_path / "mine"
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        for call in (models.locate, models.pull):
+            with pytest.raises(
+                ModelError, match=rf"lacks .*{file}.*; the folder of a Hugging Face checkpoint is needed"
+            ):
+                call("mine")
+        (tmp_path / "mine" / file).write_text("{}")
+    assert models.locate("mine") == models.pull("mine") == tmp_path / "mine"
+
+
+def test_a_checkpoint_has_every_shard_of_its_index(store: Path) -> None:
+    folder = place(store / "mine")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}))
+    for name in ("1.safetensors", "2.safetensors"):
+        with pytest.raises(ModelError, match=f"lacks the shard {name}"):
+            models.locate("mine")
+        assert models.installed() == []
+        (folder / name).write_text("")
+    (folder / "model.safetensors").unlink()
+    assert models.locate("mine") == folder
+    for broken in ("{", "[]", "{}", '{"weight_map": {"a": []}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(broken)
+        with pytest.raises(ModelError, match=r"lacks a readable model.safetensors.index.json"):
+            models.locate("mine")
+
+
+def test_mistrals_own_folder_is_no_checkpoint_here(store: Path) -> None:
+    folder = place(store / "mistral-7b-instruct-v0.3")
+    for old, new in (("config.json", "params.json"), ("model.safetensors", "consolidated.safetensors")):
+        (folder / old).rename(folder / new)
+    assert models.installed() == []
+    with pytest.raises(ModelError, match=r"lacks config.json; the folder of a Hugging Face checkpoint is needed"):
+        models.locate("mistral-7b-instruct-v0.3")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v1"])
+def test_the_tokenizer_files_are_those_that_are_read(store: Path, name: str) -> None:
+    folder = place(store / "mine")
+    (folder / "tokenizer.json").rename(folder / name)
+    assert models.locate("mine") == folder
+    with pytest.raises(ModelError, match=name):
+        load_tokenizer(folder)
+
+
+def test_a_folder_with_a_manifest_is_not_always_the_embedded_model(tiny: Source, store: Path, tmp_path: Path) -> None:
+    pulled = models.pull("embedded")
+    own = tmp_path / "own"
+    shutil.copytree(pulled, own)
+    assert models.locate(str(own)) == own
+    for folder in (own, pulled):
+        (folder / "config.json").write_text("{ }")
+    with pytest.raises(
+        ModelError, match=r"config.json is not .*copy it again, or remove its mistral_nb.json"
+    ) as caught:
+        models.locate(str(own))
+    assert "pull" not in str(caught.value)
+    with pytest.raises(ModelError, match="run: mistral-nb pull embedded"):
+        models.locate(str(pulled))
+    (own / "mistral_nb.json").unlink()
+    assert models.locate(str(own)) == own
 
 
 def test_a_folder_placed_in_the_store_is_installed(store: Path) -> None:
@@ -133,11 +191,10 @@ def test_a_folder_placed_in_the_store_is_installed(store: Path) -> None:
     with pytest.raises(ModelError, match=f"place a checkpoint of mistralai/Mistral-7B-Instruct-v0.2 in {store}"):
         models.locate("mistral-7b")
     for name in ("mistral-7b-instruct-v0.2", "my-own"):
-        (store / name).mkdir(parents=True)
-        (store / name / "config.json").write_text("{}")
+        place(store / name)
     assert [(model.name, model.title, model.bytes) for model in models.installed()] == [
-        ("mistral-7b-instruct-v0.2", "Mistral 7B Instruct v0.2", 2),
-        ("my-own", "my-own", 2),
+        ("mistral-7b-instruct-v0.2", "Mistral 7B Instruct v0.2", 6),
+        ("my-own", "my-own", 6),
     ]
     assert models.locate("mistral-7b") == models.pull("mistral-7b") == store / "mistral-7b-instruct-v0.2"
     assert models.locate("my-own") == store / "my-own"
@@ -312,56 +369,6 @@ def test_without_gguf_the_command_is_named(store: Path, monkeypatch: pytest.Monk
     with pytest.raises(MissingDependency, match=r'pip install "mistral-nb\[local\]"'):
         models.pull("embedded")
     assert not store.exists()
-
-
-def test_conversion_is_exact(tmp_path: Path) -> None:
-    source, folder = tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "checkpoint"
-    folder.mkdir()
-    convert(source, folder, lambda done, total: None)
-    written = load_file(folder / "model.safetensors")
-    hf = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    for layer in range(LAYERS):
-        old, new = f"blk.{layer}", f"model.layers.{layer}"
-        names |= {f"{old}.attn_{key}.weight": f"{new}.self_attn.{name}.weight" for key, name in hf.items()}
-        names |= {f"{old}.ffn_{key}.weight": f"{new}.mlp.{key}_proj.weight" for key in ("gate", "up", "down")}
-        names[f"{old}.attn_norm.weight"] = f"{new}.input_layernorm.weight"
-        names[f"{old}.ffn_norm.weight"] = f"{new}.post_attention_layernorm.weight"
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
-    assert set(names) == set(tensors)
-    assert set(names.values()) == set(written)
-    for name, tensor in tensors.items():
-        values = written[names[name]]
-        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name.split(".")[-2])
-        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(permuted(values, heads) if heads else values, expected, err_msg=name)
-        assert values.dtype == np.float32
-
-
-def test_conversion_writes_what_transformers_reads(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    convert(tiny_gguf(tmp_path / "tiny.gguf"), tmp_path, lambda done, total: None)
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(loading.values())
-    assert model.config.rms_norm_eps == 1e-5
-    assert model.generation_config.eos_token_id == 2
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.decode(tokenizer("Ça va, abba? 12<|im_end|>").input_ids) == "Ça va, abba? 12<|im_end|>"
-    assert tokenizer("<|im_end|>").input_ids == [2]
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"architecture": "qwen2"}, "family qwen2; only llama"),
-        ({"pre": "llama-bpe"}, r"tokenizer \(gpt2, llama-bpe\) is not known"),
-        ({"extra": "rope_freqs"}, "a tensor rope_freqs.weight"),
-    ],
-)
-def test_conversion_refuses_what_it_would_get_wrong(tmp_path: Path, options: dict[str, str], problem: str) -> None:
-    with pytest.raises(ModelError, match=problem):
-        convert(tiny_gguf(tmp_path / "tiny.gguf", **options), tmp_path, lambda done, total: None)
 
 
 def test_the_embedded_model_is_what_its_title_says(embedded: Path) -> None:

@@ -9,6 +9,8 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from mistral_nb import runtime
 from mistral_nb.errors import ConfigurationError
 from mistral_nb.runtime import EngineRecord, StartLock
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m-instruct"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
 
@@ -39,6 +42,7 @@ def record(model: str = MODEL, *, pid: int = 0, port: int = 1, token: str = "a-t
         protocol=runtime.PROTOCOL,
         log="engine.log",
         started=1_700_000_000.5,
+        serve_as=("@hf/a/b", "c"),
     )
 
 
@@ -81,9 +85,58 @@ def test_only_the_user_can_read_it() -> None:
 
 
 @POSIX
-def test_a_folder_that_others_could_read_is_closed(folders: Path) -> None:
-    (folders / "run").mkdir(mode=0o755)
-    assert stat.S_IMODE(runtime.runtime_dir().stat().st_mode) == 0o700
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folder_that_is_there_keeps_its_mode(folders: Path, mode: int) -> None:
+    (folders / "run").mkdir()
+    (folders / "run").chmod(mode)
+    runtime.write_record(record())
+    assert stat.S_IMODE((folders / "run").stat().st_mode) == mode
+    assert stat.S_IMODE(runtime.record_path(MODEL).stat().st_mode) == 0o600
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused_and_left_as_it_is(folders: Path, mode: int) -> None:
+    (folders / "run").mkdir()
+    (folders / "run").chmod(mode)
+    with pytest.raises(ConfigurationError, match=rf"chmod 700 {folders}/run.*MISTRAL_NB_RUNTIME_DIR"):
+        runtime.runtime_dir()
+    assert stat.S_IMODE((folders / "run").stat().st_mode) == mode
+
+
+AS_SOMEBODY = """
+import os, sys
+os.setgid(65534); os.setuid(65534)
+from mistral_nb import runtime
+from mistral_nb.errors import ConfigurationError
+record = runtime.EngineRecord(1, 1, "t", "m", "0", 1, "x.log", 0.0)
+for use in (lambda: runtime.write_record(record), lambda: runtime.start_lock("m")):
+    try:
+        use()
+    except ConfigurationError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_cannot_be_written_is_named_with_its_variable(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as top:  # others may not enter the folders of pytest
+        folder = Path(top) / "run"
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+        folder.chmod(0o500)
+        Path(top).chmod(0o755)
+        script = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport mistral_nb.runtime, platformdirs\n{AS_SOMEBODY}"
+        )
+        env = {**os.environ, "MISTRAL_NB_RUNTIME_DIR": str(folder)}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert str(folder) in line
+        assert "MISTRAL_NB_RUNTIME_DIR" in line
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give a folder away")
@@ -149,6 +202,53 @@ def test_processes() -> None:
     assert runtime.process_alive(1)
     assert not runtime.process_alive(ended_process())
     assert not runtime.process_alive(0)
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@LINUX
+def test_a_zombie_is_not_alive() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    end = time.monotonic() + 30
+    while runtime.process_alive(process.pid):
+        assert time.monotonic() < end
+    assert process.returncode is None, "nobody has waited for it"
+    os.kill(process.pid, 0)
+    process.wait()
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("words", "engine"),
+    [
+        (["mistral_nb", "serve", "--managed"], True),
+        (["/opt/bin/mistral-nb", "serve"], True),
+        (["mistral_nb", "status"], False),
+        (["serve", "mistral_nb"], False),
+        (["my-mistral_nb", "serve"], False),
+    ],
+)
+def test_an_engine_is_known_by_its_command_line(words: list[str], engine: bool) -> None:
+    script = "import sys; print('up', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert runtime.is_engine(record(pid=process.pid)) == engine
+        process.communicate()
+    assert not runtime.is_engine(record(pid=process.pid))
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        (("127.0.0.1", "127.8.8.8", "::1", "localhost"), True),
+        (("0.0.0.0", "::", "10.0.0.1", "example.com", "127.0.0.1.example.com", ""), False),
+    ],
+)
+def test_loopback(host: tuple[str, ...], here: bool) -> None:
+    assert {runtime.is_loopback(name) for name in host} == {here}
 
 
 HOLDER = """

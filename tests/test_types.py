@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from mistral_nb.errors import InvalidRequest
-from mistral_nb.types import FIELDS, MAX_TEXT, Chunk, Function, GenerationRequest, Message, Usage
+from mistral_nb.types import FIELDS, MAX_NAME, MAX_TEXT, Chunk, Function, GenerationRequest, Message, Usage
 
 NUMBERS = [field for field in FIELDS if field.kind in ("int", "float")]
 
@@ -109,6 +110,50 @@ def test_messages_are_checked(messages: Any, problem: str) -> None:
 )
 def test_functions_are_checked(functions: Any) -> None:
     assert refused(functions=functions).field == "functions"
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "problem"),
+    [
+        (lambda text: Message("user", text), "content", ""),
+        (lambda text: Message("user", "Hi", name=text), "name", ""),
+        (lambda text: Function(text, ""), "functions", "the name "),
+        (lambda text: Function("f", text), "functions", "the code "),
+        (lambda text: request(prompt=text), "prompt", ""),
+        (lambda text: request(lora=text), "lora", ""),
+        (lambda text: request(stop=["a", text]), "stop", ""),
+    ],
+)
+def test_every_text_can_be_encoded_and_is_bounded(make: Callable[[Any], object], field: str, problem: str) -> None:
+    make("é🙂")
+    for text, problems in (
+        ("a\ud800", "holds a lone surrogate at character 1; remove it"),
+        ("x" * (MAX_TEXT + 1), "must hold at most "),
+        (5, "must be a "),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            make(text)
+        assert caught.value.field == field
+        assert caught.value.problem.startswith((problem + problems, "must be a list"))
+        assert len(str(caught.value)) < 200
+
+
+def test_names_are_short() -> None:
+    name = "x" * MAX_NAME
+    assert Message("user", "Hi", name).name == Function(name, "").name == name
+    for make in (lambda: Message("user", "Hi", name + "x"), lambda: Function(name + "x", "")):
+        with pytest.raises(InvalidRequest, match="must hold at most 1024 characters"):
+            make()
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t"])
+def test_the_last_turn_must_not_be_blank_if_it_is_the_users(blank: str) -> None:
+    turns = [Message("user", blank), Message("assistant", "a")]
+    with pytest.raises(InvalidRequest) as caught:
+        GenerationRequest(messages=[*turns, Message("user", blank)])
+    assert str(caught.value) == f"content = {blank!r}: must not be empty"
+    for last in (Message("user", "b"), Message("assistant", blank), Message("system", blank), Message("tool", blank)):
+        assert GenerationRequest(messages=[*turns, last]).messages == (*turns, last)
 
 
 def test_functions_are_texts_and_nothing_else() -> None:

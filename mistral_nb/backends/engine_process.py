@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_nb import __version__, runtime
 from mistral_nb.backends.pump import HungUp, Line
-from mistral_nb.config import SETTINGS, Settings
-from mistral_nb.engine_control import Child, Health, check, ended, is_gone, log_tail, retire
-from mistral_nb.errors import EngineBusy, EngineStartError, MissingDependency
-from mistral_nb.models import EMBEDDED, Progress, locate, pull
+from mistral_nb.config import Settings, environment_without_secrets
+from mistral_nb.engine_control import (
+    Child,
+    Health,
+    check,
+    ended,
+    exit_words,
+    is_gone,
+    is_hung,
+    kill,
+    log_tail,
+    remember,
+    retire,
+)
+from mistral_nb.errors import EngineBusy, EngineStartError, MissingDependency, UnknownModel
+from mistral_nb.models import EMBEDDED, Progress, find_known, locate, pull
 from mistral_nb.runtime import EngineRecord
 
-__all__ = ["LOCAL_PACKAGES", "Running", "ensure", "require_local"]
+__all__ = ["LOCAL_PACKAGES", "Running", "ensure", "find_served", "require_local", "served"]
 
 LOCAL_PACKAGES = ("torch", "tokenizers", "sentencepiece", "jinja2", "starlette", "uvicorn")
 _LISTEN_LIMIT = 60.0
@@ -64,6 +77,39 @@ def ensure(model: str, settings: Settings, line: Line, say: Callable[[str], None
     return _when_ready(search, record)
 
 
+def served(name: str, settings: Settings, line: Line, say: Callable[[str], None]) -> Running:
+    """The engine that was told to answer for `name` too, ready. It is never started: `UnknownModel` without one.
+
+    Otherwise as `ensure`.
+    """
+    record = find_served(name)
+    if record is None:
+        raise UnknownModel(
+            f"no engine runs that answers for {name}; start one with: "
+            f"mistral-nb serve --model embedded --serve-as {shlex.quote(name)}"
+        )
+    running = _when_ready(_Search(record.model, settings, line, say), record)
+    if not running.health.compatible or not _answers_for(name, running.health.serve_as):
+        raise UnknownModel(
+            f"the engine of {record.model} (version {running.health.version}) cannot be used for {name}; "
+            f"end it with: mistral-nb stop {shlex.quote(record.model)}"
+        )
+    return running
+
+
+def find_served(name: str) -> EngineRecord | None:
+    """The record of a live engine that was started with `--serve-as NAME`; an engine of that very model comes first."""
+    records = [record for record in runtime.all_records() if not is_gone(record)]
+    known = find_known(name)
+    if known and known.name in {record.model for record in records}:
+        return None
+    return next((record for record in records if _answers_for(name, record.serve_as)), None)
+
+
+def _answers_for(name: str, others: Collection[str]) -> bool:
+    return name.lower() in {other.lower() for other in others}
+
+
 def require_local() -> None:
     """`MissingDependency`, with the command to run, unless the packages of the engine are installed."""
     missing = [name for name in LOCAL_PACKAGES if importlib.util.find_spec(name) is None]
@@ -96,9 +142,13 @@ def _have_weights(search: _Search) -> None:
 
 def _start(search: _Search) -> EngineRecord:
     """Start a process under the lock. Who had to wait for the lock finds the work done."""
-    search.say("Starting the engine")
+
+    def hung_up() -> bool:
+        search.say("Starting the engine")
+        return search.line.hung_up
+
     lock = runtime.start_lock(search.model)
-    if not lock.acquire(lambda: search.line.hung_up):
+    if hung_up() or not lock.acquire(hung_up):
         raise HungUp
     try:
         found = _usable(search)
@@ -107,21 +157,26 @@ def _start(search: _Search) -> EngineRecord:
         _clear(search)
         log = runtime.log_path(search.model)
         start = log.stat().st_size
+        search.go_on()
         return _until_listening(search, _spawn(search, log), log, start)
     finally:
         lock.release()
 
 
 def _clear(search: _Search) -> None:
-    """Make room: end an engine of another version or one whose model failed, drop a record that leads to none."""
+    """Make room: end an engine of another version, one whose model failed and one that hangs; drop a dead record."""
     record = runtime.read_record(search.model)
     if record is None:
         return
     health = check(record, search.settings.connect_timeout)
-    if health is None:
+    if health is None and not is_hung(record):
         runtime.remove_record(record)
         return
+    search.go_on()
     search.say("Replacing the engine")
+    if health is None:
+        kill(record)
+        return
     try:
         retire(record, force=health.state == "failed", timeout=search.settings.connect_timeout)
     except EngineBusy as error:
@@ -158,8 +213,7 @@ def _environment(log: Path) -> dict[str, str]:
 
     A source root that is no site-packages folder was put on the path by hand, so the child is told of it.
     """
-    secrets = {variable for setting in SETTINGS if setting.kind == "secret" for variable in setting.variables}
-    env = {name: value for name, value in os.environ.items() if name not in secrets}
+    env = environment_without_secrets()
     env["MISTRAL_NB_RUNTIME_DIR"] = str(runtime.runtime_dir().resolve())
     env["MISTRAL_NB_LOG_DIR"] = str(log.parent.resolve())
     if env.get("MISTRAL_NB_HOME"):
@@ -184,13 +238,15 @@ def _until_listening(search: _Search, child: Child, log: Path, start: int) -> En
     while True:
         record = runtime.read_record(search.model)
         if record and record.pid == child.pid:
+            remember(child, record)
             return record
-        if child.poll() is not None:
+        code = child.poll()
+        if code is not None:
             # It gives way to one that somebody started without our lock.
             other = _usable(search)
             if other:
                 return other
-            raise _not_started(f"ended while it started ({ended(child.pid)})", log, start)
+            raise _not_started(f"ended while it started ({exit_words(code)})", log, start)
         if time.monotonic() > deadline:
             child.kill()
             raise _not_started(f"did not listen within {_LISTEN_LIMIT:g} s", log, start)
@@ -207,15 +263,17 @@ def _when_ready(search: _Search, record: EngineRecord) -> Running:
             return Running(record, health)
         if health and health.state == "failed":
             raise _not_started(f"could not load {search.model} ({health.error})", record.log)
-        if health and health.state == "stopping":
-            raise _not_started("was stopped while it loaded the model", record.log)
-        if health:
+        if health and health.state != "stopping":
             search.say("Loading the model")
             deadline = time.monotonic() + _LISTEN_LIMIT
-        elif is_gone(record):
-            raise _not_started(f"ended while it loaded the model ({ended(record.pid) or 'no status'})", record.log)
+        elif health or is_gone(record):
+            other = _usable(search)
+            if other is None or other == record:
+                how = "was stopped" if health else f"ended ({ended(record) or 'no status'})"
+                raise _not_started(f"{how} while it loaded the model", record.log)
+            record = other  # two were started at once without the lock, and this one gave way
         elif time.monotonic() > deadline:
-            raise _not_started(f"(process {record.pid}) does not answer", record.log)
+            raise _not_started(f"(process {record.pid}) does not respond", record.log)
         search.line.wait(_POLL)
 
 

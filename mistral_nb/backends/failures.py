@@ -1,13 +1,17 @@
-"""From what a peer said went wrong to the error that is raised: by the wire's code first, then by the HTTP status."""
+"""From what a peer said went wrong to the error that is raised: by the wire's code first, then by the HTTP status.
+
+The local engine's messages are whole: they name the next step. Cloudflare's get one.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from time import time
 
+from mistral_nb.config import USE_LOCAL
 from mistral_nb.errors import (
     AuthenticationError,
     BackendError,
@@ -19,7 +23,7 @@ from mistral_nb.errors import (
     RequestTimeout,
     UnknownModel,
 )
-from mistral_nb.types import GenerationRequest
+from mistral_nb.types import FIELDS, GenerationRequest
 
 __all__ = ["Failure", "to_error"]
 
@@ -28,7 +32,11 @@ SAME_WEIGHTS = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One failed exchange. `peer` is who failed, in words; `retry_after` the header; `trace` the peer's request id."""
+    """One failed exchange.
+
+    `peer` is who failed, in words; `retry_after` the header; `trace` the peer's request id; `engine` marks the local
+    engine.
+    """
 
     peer: str
     model: str
@@ -38,10 +46,17 @@ class Failure:
     status: int | None = None
     retry_after: str | None = None
     trace: str | None = None
+    engine: bool = False
+
+    def with_hint(self, hint: str) -> str:
+        """The whole message: who failed, what it said, and what to do next."""
+        return f"{self.peer}: {self.said}" if self.engine else f"{self.peer}: {self.said}. {hint}"
 
     @property
     def said(self) -> str:
-        """The peer's message without its prefixes and ids, with code and status."""
+        """The peer's message without its prefixes and ids, with code and status; the local engine's as it is."""
+        if self.engine:
+            return self.message
         text = re.sub(r"^(AiError:\s*)+", "", self.message.strip())
         text = re.sub(r"\s*\([0-9a-f]{8}-[0-9a-f-]{27}\)$", "", text).rstrip(".")
         marks = [f"code {self.code}" if self.code else "", f"HTTP {self.status}" if self.status else ""]
@@ -60,7 +75,7 @@ _Make = Callable[[Failure], MistralError]
 
 def _backend(kind: type[BackendError], hint: str) -> _Make:
     def make(failure: Failure) -> MistralError:
-        return kind(f"{failure.peer}: {failure.said}. {hint}", code=failure.code, status=failure.status)
+        return kind(failure.with_hint(hint), code=failure.code, status=failure.status)
 
     return make
 
@@ -68,7 +83,7 @@ def _backend(kind: type[BackendError], hint: str) -> _Make:
 def _limited(hint: str) -> _Make:
     def make(failure: Failure) -> MistralError:
         return RateLimited(
-            f"{failure.peer}: {failure.said}. {hint}",
+            failure.with_hint(hint),
             code=failure.code,
             status=failure.status,
             retry_after=_seconds(failure.retry_after),
@@ -79,23 +94,47 @@ def _limited(hint: str) -> _Make:
 
 def _model(kind: type[ModelError], hint: str) -> _Make:
     def make(failure: Failure) -> MistralError:
-        return kind(f"{failure.peer} does not answer for {failure.model}: {failure.said}. {hint}")
+        unknown = replace(failure, peer=f"{failure.peer} does not answer for {failure.model}")
+        return kind(unknown.with_hint(hint))
 
     return make
 
 
 def _lora(problem: str) -> _Make:
     def make(failure: Failure) -> MistralError:
-        return InvalidRequest("lora", failure.request.lora, f"{problem} ({failure.peer}: {failure.said})")
+        told = failure.said if failure.engine else f"{problem} ({failure.peer}: {failure.said})"
+        return InvalidRequest("lora", failure.request.lora, told)
 
     return make
 
 
+_OWN_FIELD = re.compile(r"(?P<field>\w+) = .*?: (?P<problem>.+)", re.DOTALL)
+_NAMED_FIELD = re.compile(rf"\b({'|'.join(field.name for field in FIELDS)})\b")
+
+
+def _invalid(failure: Failure) -> MistralError:
+    """`InvalidRequest` for the field that the message names, `request` where it names none."""
+    own = _OWN_FIELD.fullmatch(failure.message) if failure.engine else None
+    named = _NAMED_FIELD.search(failure.message)
+    field = own["field"] if own else named[1] if named else "request"
+    value = getattr(failure.request, field, None)
+    error = InvalidRequest(field, value, own["problem"] if own else failure.said)
+    error.args = (failure.message if own else failure.with_hint("Correct the field that it names"),)
+    return error
+
+
+_OVERFLOWS = (
+    re.compile(r"prompt = '(\d+) tokens': does not fit the context of (\d+) tokens"),
+    re.compile(r"number of input and maximum output tokens \(([\d,]+)\) exceeded .*?context window \w*\s*\(([\d,]+)"),
+)
+
+
 def _overflow(failure: Failure) -> MistralError:
     """`ContextOverflow` where the message tells both numbers of tokens."""
-    numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", failure.message)]
-    if failure.code == 5021 and len(numbers) >= 2:
-        return ContextOverflow(numbers[0], numbers[1])
+    found = next((match for form in _OVERFLOWS if (match := form.search(failure.message))), None)
+    if failure.code == 5021 and found:
+        prompt_tokens, limit = (int(number.replace(",", "")) for number in found.groups())
+        return ContextOverflow(prompt_tokens, limit)
     size = sum(len(message.content) for message in failure.request.messages or ()) or len(failure.request.prompt or "")
     return InvalidRequest(
         "prompt", f"{size} characters", f"is too long for {failure.model} ({failure.said}); shorten it or max_tokens"
@@ -107,7 +146,8 @@ def _other(failure: Failure) -> MistralError:
     server = failure.status is not None and failure.status >= 500
     trace = f" [{failure.trace}]" if server and failure.trace else ""
     hint = "Try again in a moment" if server else "Check the request"
-    return BackendError(f"{failure.peer}: {failure.said}{trace}. {hint}", code=failure.code, status=failure.status)
+    told = f"{failure.peer}: {failure.said}{trace}. {hint}" if trace else failure.with_hint(hint)
+    return BackendError(told, code=failure.code, status=failure.status)
 
 
 def _seconds(header: str | None) -> float | None:
@@ -128,7 +168,7 @@ _REFUSED = _backend(
 )
 _SLOW = _backend(RequestTimeout, "Try again, or lower max_tokens")
 _ROUTE = _backend(BackendError, "Check the account id and the model id")
-_NO_MODEL = _model(UnknownModel, "Check its name; `%mistral models` lists the local ones")
+_NO_MODEL = _model(UnknownModel, "Check its name; `%mistral models` or `mistral-nb models` lists the local ones")
 
 _BY_CODE: dict[int, _Make] = {
     10000: _TOKEN,
@@ -139,15 +179,15 @@ _BY_CODE: dict[int, _Make] = {
     3042: _NO_MODEL,
     5028: _model(ModelError, f"For the weights of Mistral-7B-Instruct v0.2 ask {SAME_WEIGHTS}"),
     **dict.fromkeys((5018, 3041, 3023, 5016, 5035), _REFUSED),
-    5006: _backend(BackendError, "Correct the field that it names"),
+    5006: _invalid,
     5005: _lora("the model takes no LoRA adapter; leave lora out or name a model that does"),
     3037: _lora("no such adapter; check its name, or wait a moment if it was just uploaded"),
     3039: _lora("the adapter lacks files; upload adapter_config.json and adapter_model.safetensors"),
     3006: _overflow,
     5021: _overflow,
     **dict.fromkeys((3007, 3008, 3046), _SLOW),
-    **dict.fromkeys((3036, 4006), _limited("The day's allowance is spent until 00:00 UTC; use --backend local")),
-    3040: _limited("No capacity now; try again in a moment, or use --backend local"),
+    **dict.fromkeys((3036, 4006), _limited(f"The day's allowance is spent until 00:00 UTC; {USE_LOCAL}")),
+    3040: _limited(f"No capacity now; try again in a moment, or {USE_LOCAL}"),
     3043: _backend(BackendError, "Try again in a moment"),
     971: _limited("The account sends too much at once; wait and try again"),
 }

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from mistral_nb import runtime
 from mistral_nb.backends.base import DryRun
-from mistral_nb.backends.engine_process import Running, ensure, require_local
+from mistral_nb.backends.engine_process import Running, ensure, find_served, require_local, served
 from mistral_nb.backends.failures import Failure, to_error
-from mistral_nb.backends.pump import Emit, Line, Pump
+from mistral_nb.backends.pump import Emit, HungUp, Line, Pump
 from mistral_nb.backends.wire import peer_failure
-from mistral_nb.backends.workers_ai import NotListening, Timeouts, WorkersAI
+from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
 from mistral_nb.config import Secret, Settings
-from mistral_nb.engine_control import call, ended, is_gone, log_tail
-from mistral_nb.errors import ConnectionFailed, EngineCrashed, StreamTruncated
+from mistral_nb.engine_control import call, check, ended, is_gone, is_hung, log_tail
+from mistral_nb.errors import BackendError, ConnectionFailed, EngineCrashed, StreamTruncated
 from mistral_nb.models import EMBEDDED, canonical, find_known, locate
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.types import Chunk, Description, GenerationRequest
@@ -26,16 +26,23 @@ __all__ = ["STANDS_IN_FOR", "Local"]
 
 STANDS_IN_FOR = "Mistral-7B-Instruct"
 _PEER = "the local engine"
+_ENGINE_FAILED = 3043
 _DYING = 1.0
+_LEAVING = 20.0
+_POLL = 0.02
 
 
 class Local:
-    """A `Backend`. `model` is a name in the store, an alias, or a checkpoint folder."""
+    """A `Backend`. `model` is a name in the store, an alias, a checkpoint folder, or a name that a running engine was
+    told to answer for too.
+    """
 
     name = "local"
 
     def __init__(self, settings: Settings, model: str = EMBEDDED) -> None:
-        self.model = canonical(model)
+        found = find_served(model)
+        self._served_as = model if found else ""
+        self.model = found.model if found else canonical(model)
         self._settings = settings
         self._where = ""
 
@@ -52,12 +59,29 @@ class Local:
     def describe(self) -> Description:
         known = find_known(self.model)
         stands_in = STANDS_IN_FOR if known and known.stand_in else ""
-        return Description(self.name, title(self.model), self._where, stands_in)
+        return Description(self.name, title(self.model), self._where, self._served_as or stands_in)
 
     def tokenize(self, request: GenerationRequest, say: Callable[[str], None] = lambda status: None) -> DryRun:
-        """What `request` would give the model. Starts the engine if need be; `say` gets a line of status meanwhile."""
-        running = ensure(self.model, self._settings, Line(), say)
-        self._where = running.health.where
+        """What `request` would give the model. Starts the engine if need be; `say` gets a line of status meanwhile.
+
+        An interrupt, or an exception that `say` raises, ends it.
+        """
+        found: list[DryRun] = []
+
+        def produce(line: Line, emit: Emit) -> None:
+            found.append(self._tokenize(request, line, lambda status: emit(Chunk(status=status))))
+
+        stream = Pump(produce)
+        try:
+            for chunk in stream:
+                say(chunk.status)
+        finally:
+            stream.close()
+        return found[0]
+
+    def _tokenize(self, request: GenerationRequest, line: Line, say: Callable[[str], None]) -> DryRun:
+        running = self._running(line, say)
+        failed = ""
         try:
             status, data = call(
                 running.record,
@@ -65,17 +89,32 @@ class Local:
                 "/engine/tokenize",
                 request.to_dict(),
                 timeout=self._settings.first_token_timeout,
+                attach=line.attach,
             )
         except (OSError, http.client.HTTPException, ValueError) as error:
-            crashed = self._crash(running.record)
-            raise crashed or ConnectionFailed(f"{_PEER} did not answer ({error}). Ask again") from None
+            failed = str(error)
+        if line.hung_up:
+            raise HungUp
+        if failed:
+            broken = ConnectionFailed(f"{_PEER} did not answer ({failed}). Ask again")
+            raise _crash(running.record, "before it answered") or broken
         failure = peer_failure(data)
         if failure:
-            raise to_error(Failure(_PEER, title(self.model), request, failure.message, failure.code, status))
+            raise to_error(
+                Failure(_PEER, title(self.model), request, failure.message, failure.code, status, engine=True)
+            )
         return DryRun(data["prompt"], tuple(data["tokens"]), data["context"])
 
+    def _running(self, line: Line, say: Callable[[str], None]) -> Running:
+        if self._served_as:
+            running = served(self._served_as, self._settings, line, say)
+        else:
+            running = ensure(self.model, self._settings, line, say)
+        self._where = running.health.where
+        return running
+
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
-        shown = ""
+        shown, begun = "", False
 
         def say(status: str) -> None:
             nonlocal shown
@@ -84,18 +123,24 @@ class Local:
                 emit(Chunk(status=status))
 
         def pass_on(chunk: Chunk) -> None:
+            nonlocal begun
+            begun = begun or bool(chunk.text)
             emit(replace(chunk, model=title(chunk.model)) if chunk.model else chunk)
 
-        running = ensure(self.model, self._settings, line, say)
-        try:
-            self._ask(running, request, line, pass_on)
-        except NotListening:
-            # It ended, being idle, after it was found.
-            self._ask(ensure(self.model, self._settings, line, say), request, line, pass_on)
+        running = self._running(line, say)
+        broken = self._ask(running.record, request, line, pass_on)
+        if broken and not begun and not line.hung_up and self._may_go_on(running.record, broken, line):
+            running = self._running(line, say)
+            broken = self._ask(running.record, request, line, pass_on)
+        if broken is None:
+            return
+        crashed = None
+        if not line.hung_up and broken.code != _ENGINE_FAILED:
+            crashed = _crash(running.record, "in the middle of an answer" if begun else "before it answered")
+        raise crashed or broken
 
-    def _ask(self, running: Running, request: GenerationRequest, line: Line, emit: Emit) -> None:
-        record = running.record
-        self._where = running.health.where
+    def _ask(self, record: EngineRecord, request: GenerationRequest, line: Line, emit: Emit) -> BackendError | None:
+        """Pass the answer on. The error, instead of raising it, where the engine may have ended or be about to."""
         wire = WorkersAI(
             base_url=f"{record.base_url}/client/v4",
             account="local",
@@ -106,30 +151,39 @@ class Local:
             engine=True,
             timeouts=Timeouts.from_settings(self._settings),
         )
-        crashed = None
         try:
             wire.answer(request, line, emit)
-        except NotListening:
-            raise
-        except (ConnectionFailed, StreamTruncated):
-            crashed = None if line.hung_up else self._crash(record)
-            if crashed is None:
+        except (ConnectionFailed, StreamTruncated) as error:
+            return error
+        except BackendError as error:
+            if error.code != _ENGINE_FAILED:
                 raise
-        if crashed:
-            raise crashed
+            return error
+        return None
 
-    def _crash(self, record: EngineRecord) -> EngineCrashed | None:
-        """The error for an engine that is gone, or goes within a second; None when it is still there."""
-        deadline = time.monotonic() + _DYING
-        while not is_gone(record):
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.02)
-        how = ended(record.pid)
-        return EngineCrashed(
-            f"the engine process ended in the middle of an answer{f' ({how})' if how else ''}. "
-            f"Its log {record.log} ends with\n{log_tail(record.log)}\nAsk again to start it anew"
-        )
+    def _may_go_on(self, record: EngineRecord, broken: BackendError, line: Line) -> bool:
+        """Whether to ask once more. Waits for an engine that is on its way out, which may hold the GPU's memory."""
+        health = check(record, self._settings.connect_timeout)
+        if health and health.state != "stopping":
+            return broken.code != _ENGINE_FAILED
+        deadline = time.monotonic() + _LEAVING
+        while is_hung(record) and not line.wait(_POLL) and time.monotonic() < deadline:
+            continue
+        return not line.hung_up
+
+
+def _crash(record: EngineRecord, when: str) -> EngineCrashed | None:
+    """The error for an engine that is gone, or goes within a second; None when it is still there."""
+    deadline = time.monotonic() + _DYING
+    while not is_gone(record) and runtime.is_running(record):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_POLL)
+    how = ended(record)
+    return EngineCrashed(
+        f"the engine process ended {when}{f' ({how})' if how else ''}. "
+        f"Its log {record.log} ends with\n{log_tail(record.log)}\nAsk again to start it anew"
+    )
 
 
 def title(model: str) -> str:

@@ -6,7 +6,6 @@ first text, and of silence after it. `httpx` is imported at the first request.
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 import json
 import re
@@ -20,7 +19,8 @@ from mistral_nb import __version__
 from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.pump import Emit, Line, Pump
 from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames, peer_failure
-from mistral_nb.config import CLOUDFLARE_URL, Secret, Settings
+from mistral_nb.config import CLOUDFLARE_URL, USE_LOCAL, Secret, Settings
+from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import (
     ConfigurationError,
     ConnectionFailed,
@@ -29,6 +29,7 @@ from mistral_nb.errors import (
     RequestTimeout,
     StreamTruncated,
 )
+from mistral_nb.runtime import is_loopback
 from mistral_nb.types import FIELDS, Chunk, Description, GenerationRequest
 
 if TYPE_CHECKING:
@@ -73,13 +74,12 @@ class WorkersAI:
     model: str
     name: str = "cloudflare"
     peer: str = "Cloudflare"
-    device: str = "Workers AI"
     engine: bool = False
     timeouts: Timeouts = Timeouts()
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
-        loopback = _is_loopback(parts.hostname or "")
+        loopback = is_loopback(parts.hostname or "")
         if (
             "@" in parts.netloc
             or parts.query
@@ -100,7 +100,8 @@ class WorkersAI:
         return Pump(lambda line, emit: self.answer(request, line, emit))
 
     def describe(self) -> Description:
-        return Description(self.name, self.model, self.device)
+        here = self.base_url == CLOUDFLARE_URL
+        return Description(self.name, self.model, "Workers AI" if here else urlsplit(self.base_url).netloc)
 
     def answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         """Read one answer to its end in this thread: what `stream` pumps, for a backend with something to do first.
@@ -116,7 +117,7 @@ class WorkersAI:
             with self._client() as client, self._post(client, request, line) as response:
                 return reading.read(response, request)
         except PeerFailure as error:
-            failure = to_error(Failure(self.peer, self.model, request, error.message, error.code))
+            failure = to_error(Failure(self.peer, self.model, request, error.message, error.code, engine=self.engine))
         except (httpx.TransportError, httpx.DecodingError) as error:
             failure = self._broken(error, reading)
         raise failure
@@ -143,7 +144,7 @@ class WorkersAI:
         return client.stream(
             "POST",
             f"{self.base_url}/accounts/{quote(self.account)}/ai/run/{quote(self.model, safe='/@')}",
-            content=json.dumps(request.to_dict()).encode(),
+            content=encode_json(request.to_dict()),
             headers={
                 "Content-Type": "application/json",
                 "Accept": "text/event-stream, application/json",
@@ -256,6 +257,7 @@ class _Live:
                 response.status_code,
                 headers.get("retry-after"),
                 headers.get("cf-ai-req-id") or headers.get("cf-ray"),
+                self._client.engine,
             )
         )
 
@@ -271,7 +273,7 @@ def cloudflare(settings: Settings, model: str | None = None) -> WorkersAI:
     if account is None or token is None:
         raise ConfigurationError(
             f"Cloudflare needs {' and '.join(missing)}: set it in the environment "
-            "(https://dash.cloudflare.com, Workers AI, Use REST API), or use --backend local"
+            f"(https://dash.cloudflare.com, Workers AI, Use REST API), or {USE_LOCAL}"
         )
     if not _ACCOUNT.fullmatch(account):
         raise ConfigurationError(
@@ -301,15 +303,4 @@ def _refuse_local_only(request: GenerationRequest) -> None:
     for known in FIELDS:
         value = getattr(request, known.name)
         if known.local_only and value is not None:
-            raise InvalidRequest(
-                known.name, value, "only the local engine knows it; leave it out or use --backend local"
-            )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+            raise InvalidRequest(known.name, value, f"only the local engine knows it; leave it out, or {USE_LOCAL}")

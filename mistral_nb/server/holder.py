@@ -28,6 +28,7 @@ class Holder:
         self.state: State = "loading"
         self.error = ""
         self.served = 0
+        """Requests that were answered, if only in part; refused ones do not count."""
         self.model: Model | None = None
         self._load = load
         self._log_file = log_file
@@ -67,8 +68,9 @@ class Holder:
                 self.state = "ready"
         elif self.state == "loading":
             self.state = "failed"
-            self.error = str(error) if isinstance(error, MistralError) else f"{type(error).__name__}: {error}"
-            log.error("the model could not be loaded", exc_info=error)
+            ours = isinstance(error, MistralError)
+            self.error = str(error) if ours else f"{type(error).__name__}: {error}"
+            log.error("the model could not be loaded: %s", self.error, exc_info=None if ours else error)
         self.last_used = time.monotonic()
         self._settled.set()
 
@@ -94,12 +96,12 @@ class Holder:
             yield
         finally:
             self._requests -= 1
-            self.served += 1
             self.last_used = time.monotonic()
 
     @contextmanager
     def answering(self, answer: Answer) -> Iterator[None]:
         """Cancels `answer` at the end of the block, and tells its reader if the process stops before."""
+        self.served += 1
         self._answers.add(answer)
         try:
             yield

@@ -59,9 +59,9 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until stopped or idle; the exit status. Runs in the main thread.
+    """Serve until stopped or idle; the exit status, 1 when the model could not be loaded. Runs in the main thread.
 
-    Raises `ConfigurationError` when the port, the log or the runtime folder cannot be used, and `EngineStartError`
+    Raises `ConfigurationError` when the address, the log or the runtime folder cannot be used, and `EngineStartError`
     when an engine of this model is running already.
     """
     log_file = runtime.log_path(options.model)
@@ -125,10 +125,12 @@ class EngineProcess:
 
     def stop(self, reason: str) -> None:
         """End the process soon: running answers get an error, the record goes at once."""
-        if self._stopping:
-            return
+        if not self._stopping:
+            log.info("stopping: %s", reason)
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
         self._stopping = True
-        log.info("stopping: %s", reason)
         _forget(self._record)
         self.holder.stop(reason)
         self._server.should_exit = True
@@ -151,6 +153,8 @@ class EngineProcess:
         model = self.holder.model
         if self.holder.state == "failed":
             self.exit_code = 1
+            if not self._options.managed:  # the terminal shows why; nobody waits to be told
+                self._end(f"the model could not be loaded: {self.holder.error}")
         if self.holder.state != "ready" or model is None:
             return
         info, seconds = model.engine.info, time.monotonic() - started
@@ -161,24 +165,30 @@ class EngineProcess:
 
     async def _watch(self) -> None:
         """Ends the process when it is idle, when its model failed, or when another process took its place."""
-        next_check = time.monotonic() + _RECORD_CHECK
-        while True:
+        next_check = 0.0
+        while not self._stopping:
             await asyncio.sleep(_TICK)
             now = time.monotonic()
-            unused = now - self.holder.last_used
-            if self.holder.model is not None and self.holder.model.engine.failure:
-                self.exit_code = 1
-                self.stop(self.holder.model.engine.failure)
-            elif self.holder.busy:
-                self.holder.last_used = now
-            elif self.holder.state == "failed" and self._options.managed and unused > FAILED_GRACE:
-                self.stop(f"the model could not be loaded: {self.holder.error}")
-            elif self._options.idle_timeout and unused > self._options.idle_timeout:
-                self.stop(f"no request for {self._options.idle_timeout:g} s")
-            elif now > next_check and not self.holder.requests:
+            loading = self.holder.state == "loading"
+            if loading or (now > next_check and not self.holder.requests):
                 next_check = now + _RECORD_CHECK
                 if not _can_be_found(self._record):
                     self.stop("its record in the runtime folder is gone, so nobody could find it")
+                    return
+            if self.holder.busy:
+                self.holder.last_used = now
+            self._stop_if_useless(now - self.holder.last_used)
+
+    def _stop_if_useless(self, unused: float) -> None:
+        """`unused` seconds have gone by without work."""
+        model = self.holder.model
+        if model is not None and model.engine.failure:
+            self.exit_code = 1
+            self.stop(model.engine.failure)
+        elif self.holder.state == "failed" and unused > FAILED_GRACE:
+            self.stop(f"the model could not be loaded: {self.holder.error}")
+        elif self._options.idle_timeout and unused > self._options.idle_timeout:
+            self.stop(f"no request for {self._options.idle_timeout:g} s")
 
 
 class _Server(uvicorn.Server):
@@ -208,9 +218,21 @@ def _on_signals(managed: bool, act: Callable[[str], None]) -> Iterator[None]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket on a loopback address. `ConfigurationError` for any other, and for a port that is taken."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((str(address[0]), port), family=family)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--host {host}: no such address ({error.strerror or error}); leave it out, or give 127.0.0.1 or ::1"
+        ) from error
+    where = str(address[0])
+    if not runtime.is_loopback(where):
+        raise ConfigurationError(
+            f"--host {host}: an engine listens on loopback only (127.0.0.1 or ::1), since its token is sent in the "
+            "clear. To reach it from another machine, run there: ssh -L 8000:127.0.0.1:PORT THIS-MACHINE"
+        )
+    try:
+        return socket.create_server((where, port), family=family)
     except OSError as error:
         raise ConfigurationError(
             f"cannot listen on {host} port {port} ({error.strerror or error}); "
@@ -229,7 +251,8 @@ def _record(options: ServeOptions, listener: socket.socket, log_file: Path) -> E
         protocol=runtime.PROTOCOL,
         log=str(log_file),
         started=time.time(),
-        host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host),
+        host=host,
+        serve_as=options.serve_as,
     )
 
 

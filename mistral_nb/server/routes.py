@@ -57,7 +57,8 @@ class Identity:
         return {MODEL_HEADER: quote(self.model, safe=_PRINTABLE)}
 
     def check(self, asked: str) -> None:
-        """`WireError` 5007 unless `asked` is one of the names, in any case of letters."""
+        """`WireError` 5007 unless `asked` is one of the names, in any case of letters, with or without a slash last."""
+        asked = asked.rstrip("/")
         names = (self.model, *self.aliases, *self.serve_as)
         if asked.lower() in {name.lower() for name in names}:
             return

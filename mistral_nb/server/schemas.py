@@ -20,8 +20,8 @@ __all__ = [
     "wire_error",
 ]
 
-MAX_BODY = 1 << 20
-"""Bytes of the largest request body."""
+MAX_BODY = 8 << 20
+"""Bytes of the largest request body: several texts of the greatest length, however their JSON is escaped."""
 
 DONE = b"data: [DONE]\n\n"
 

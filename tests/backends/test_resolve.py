@@ -26,7 +26,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def place(store: Path, name: str) -> None:
     (store / name).mkdir(parents=True)
-    (store / name / "config.json").write_text("{}")
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        (store / name / file).write_text("{}")
 
 
 def test_with_nothing_set_the_embedded_model_answers() -> None:

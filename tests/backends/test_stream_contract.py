@@ -115,6 +115,20 @@ def test_a_field_that_the_model_cannot_serve_raises(engine: Local) -> None:
         list(engine.stream(SHORT.with_(lora="mine")))
 
 
+def test_a_field_that_the_engine_refuses_is_named_in_its_own_words(engine: Local) -> None:
+    functions = [{"name": "f", "code": "1"}]
+    with pytest.raises(InvalidRequest) as caught:
+        list(engine.stream(GenerationRequest.from_dict({"prompt": "Hi", "functions": functions})))
+    assert caught.value.field == "functions"
+    assert str(caught.value).startswith("functions = ")
+    assert "5006" not in str(caught.value)
+
+
+def test_a_prompt_of_the_greatest_length_is_refused_for_its_tokens(engine: Local) -> None:
+    with pytest.raises(ContextOverflow):
+        list(engine.stream(SHORT.with_(prompt="🦊" * 131_072)))
+
+
 def test_closing_from_another_thread_ends_a_blocked_read_at_once(subject: Subject) -> None:
     subject.prepare("long")
     stream = subject.backend.stream(LONG)

@@ -151,7 +151,7 @@ def test_an_error_frame_before_any_text_just_raises(peer: Peer, client: Make) ->
         ("404 Not Found", 3042, UnknownModel),
         ("410 Gone", 5028, ModelError),
         ("410 Gone", None, ModelError),
-        ("400 Bad Request", 5006, BackendError),
+        ("400 Bad Request", 5006, InvalidRequest),
         ("405 Method Not Allowed", 5005, InvalidRequest),
         ("404 Not Found", 3037, InvalidRequest),
         ("400 Bad Request", 3039, InvalidRequest),
@@ -213,6 +213,57 @@ def test_a_prompt_over_the_context_tells_both_numbers(peer: Peer, client: Make) 
     error = collect(client())[1]
     assert isinstance(error, ContextOverflow)
     assert (error.prompt_tokens, error.limit) == (5012, 4096)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "request 1234 took 99 ms: too large",
+        "error 5021 at host 10.0.0.1: too large",
+    ],
+)
+def test_other_numbers_are_no_counts_of_tokens(peer: Peer, client: Make, said: str) -> None:
+    peer.scripts = [body({"errors": [{"message": said, "code": 5021}]}, "413 Too Large")]
+    error = collect(client())[1]
+    assert type(error) is InvalidRequest
+    assert said in str(error)
+
+
+def test_a_field_that_the_peer_refuses_is_named(peer: Peer, client: Make) -> None:
+    said = "AiError: Bad input: Error: '/temperature' must be at most 2"
+    peer.scripts = [body({"errors": [{"message": said, "code": 5006}]}, "400 Bad Request")]
+    error = collect(client(), GenerationRequest(prompt="Hi", temperature=3))[1]
+    assert isinstance(error, InvalidRequest)
+    assert (error.field, error.value) == ("temperature", 3)
+    assert str(error).startswith("Cloudflare: Bad input")
+    assert str(error).endswith("Correct the field that it names")
+
+
+def test_the_local_engines_messages_are_whole(peer: Peer, client: Make) -> None:
+    said = "functions = ['f']: this model's chat template takes none; leave them out"
+    peer.scripts = [body({"errors": [{"message": said, "code": 5006}]}, "400 Bad Request")]
+    error = collect(client(engine=True, peer="the local engine"))[1]
+    assert isinstance(error, InvalidRequest)
+    assert (error.field, str(error)) == ("functions", said)
+    peer.scripts = [body({"errors": [{"message": "it was stopped; run it again", "code": 3043}]}, "503 Unavailable")]
+    error = collect(client(engine=True, peer="the local engine"))[1]
+    assert type(error) is BackendError
+    assert str(error) == "the local engine: it was stopped; run it again"
+
+
+def test_text_is_sent_as_utf_8(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head(), frame({"response": "x"}), frame("[DONE]")]]
+    collect(client(), GenerationRequest(prompt="🦊" * 1000))
+    assert peer.seen[0].json["prompt"] == "🦊" * 1000
+    assert len(peer.seen[0].body) < 4200
+
+
+@pytest.mark.parametrize(
+    ("url", "device"),
+    [("https://api.cloudflare.com/client/v4", "Workers AI"), ("https://gw.example.com/v1", "gw.example.com")],
+)
+def test_only_cloudflares_own_address_is_workers_ai(client: Make, url: str, device: str) -> None:
+    assert client(base_url=url).describe().device == device
 
 
 def test_nobody_there(client: Make) -> None:

@@ -262,7 +262,10 @@ def test_an_added_token_that_is_not_special_is_no_text_either(
 
 def test_added_tokens_that_any_text_may_hold(with_template: Callable[..., Path]) -> None:
     folder = with_template(
-        LOOP.replace("%s", "{{ m.content.split('</think>')[-1] }}{{ '<think>' if m.content != 'xyzzy' }}")
+        LOOP.replace(
+            "%s",
+            "{{ m.content.split('</think>')[-1] }}{{ '</think>' in m.content }}{{ '<think>' if m.content != 'xyzzy' }}",
+        )
     )
     added_tokens(folder, "<think>", "</think>", "xyzzy", "   ", "हिन्दी")
     tokenizer, oracle = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)

@@ -37,12 +37,13 @@ def assert_ended(engine: EngineUnderTest, status: int, reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def broken(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint without its weights."""
+    """A checkpoint whose weights are none."""
     folder = tmp_path_factory.mktemp("checkpoint") / "broken model"
     folder.mkdir()
     for file in embedded.iterdir():
         if file.suffix != ".safetensors" and file.name != "mistral_nb.json":
             shutil.copy(file, folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
     return folder
 
 
@@ -66,8 +67,21 @@ def test_a_model_that_cannot_be_loaded(failed: EngineUnderTest, broken: Path) ->
     assert told["code"] == 3043
     assert error in told["message"]
     assert failed.record.log in told["message"]
-    assert "Traceback" in failed.log()
+    assert error in failed.log()
+    assert "Traceback" not in failed.log()
     assert failed.process.poll() is None, "it stays for a while to tell why"
+
+
+def test_in_the_foreground_a_model_that_cannot_be_loaded_ends_it_at_once(engines: Engines, broken: Path) -> None:
+    process = engines.spawn("--model", str(broken))
+    shown, error = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, shown) == (1, "")
+    loading, why = error.splitlines()
+    assert "loading from" in loading
+    assert why.startswith("the model could not be loaded: ")
+    assert "safetensors" in why
+    assert "Traceback" not in runtime.log_path(str(broken)).read_text()
+    assert runtime.all_records() == []
 
 
 def test_in_the_foreground(engines: Engines) -> None:
@@ -169,7 +183,8 @@ def test_it_ends_when_idle_and_not_before(engines: Engines) -> None:
 
 def test_a_process_whose_record_was_replaced_ends(engines: Engines, broken: Path) -> None:
     """And leaves the other's record alone."""
-    engine = engines.start(model=str(broken))
+    engine = engines.start("--managed", model=str(broken))
+    eventually(lambda: engine.health()["state"] == "failed", "the failure is told")
     other = dataclasses.replace(engine.record, pid=os.getpid(), token="another")
     runtime.write_record(other)
     assert engine.process.wait(DEADLINE) == 1
@@ -177,11 +192,29 @@ def test_a_process_whose_record_was_replaced_ends(engines: Engines, broken: Path
     assert runtime.read_record(str(broken)) == other
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that blocks whoever reads it")
+def test_of_two_that_were_started_at_once_one_gives_way_while_it_loads(
+    engines: Engines, broken: Path, tmp_path: Path
+) -> None:
+    endless = tmp_path / "endless"
+    shutil.copytree(broken, endless)
+    (endless / "tokenizer_config.json").unlink()
+    os.mkfifo(endless / "tokenizer_config.json")
+    engine = engines.start("--managed", model=str(endless))
+    other = dataclasses.replace(engine.record, pid=os.getpid(), token="another")
+    runtime.write_record(other)
+    assert engine.process.wait(5) == 0
+    assert "its record" in engine.log()
+    assert runtime.read_record(str(endless)) == other
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--port", "{port}"], "choose another --port"),
-        (["--host", "no-such-host.invalid"], "cannot listen on no-such-host.invalid"),
+        (["--host", "no-such-host.invalid"], "--host no-such-host.invalid: no such address"),
+        (["--host", "0.0.0.0"], "ssh -L"),
+        (["--host", "::"], "loopback"),
     ],
 )
 def test_an_address_that_cannot_be_used(

@@ -13,6 +13,7 @@ import pytest
 from tests.server.engines import EngineUnderTest, eventually, run_path, text_of
 
 LONG = {"prompt": "Write a very long story about a lighthouse.", "temperature": 0, "max_tokens": 4000, "stream": True}
+BOUND = 0.2
 SHORT = {"prompt": "Name three colours.", "temperature": 0, "max_tokens": 6}
 
 
@@ -50,6 +51,14 @@ def test_pieces_come_while_the_answer_is_being_written(engine: EngineUnderTest) 
     assert times[20] - times[0] > 0.02, "the pieces came all at once"
 
 
+def seconds_to_idle(engine: EngineUnderTest, connection: socket.socket) -> float:
+    """From closing the only connection to the engine's own word that nobody is being answered."""
+    started = time.monotonic()
+    connection.close()
+    engine.idle()
+    return time.monotonic() - started
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_away_ends_its_generation(engine: EngineUnderTest, streamed: bool) -> None:
     engine.idle()
@@ -58,10 +67,10 @@ def test_a_client_that_goes_away_ends_its_generation(engine: EngineUnderTest, st
         read_until(connection, b"data: ")
     else:
         eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
-    started = time.monotonic()
-    connection.close()
-    engine.idle()
-    assert time.monotonic() - started < 2
+    if seconds_to_idle(engine, connection) >= BOUND:  # once more: other processes share this machine
+        connection = ask_by_hand(engine, {**LONG, "stream": streamed})
+        eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
+        assert seconds_to_idle(engine, connection) < BOUND
     assert engine.post(SHORT).status_code == 200
 
 

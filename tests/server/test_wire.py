@@ -120,6 +120,7 @@ def test_text_that_only_begins_like_a_stop_text_is_not_lost(engine: EngineUnderT
     [
         run_path(MODEL.upper()),
         run_path("embedded"),
+        run_path(MODEL) + "/",
         run_path(STAND_IN),
         run_path("@hf%2Fmistral%2Fmistral-7b-instruct-v0.2"),
         run_path("%40hf%2Fmistral%2Fmistral-7b-instruct-v0.2"),
@@ -272,20 +273,23 @@ def test_a_body_over_the_limit(engine: EngineUnderTest) -> None:
     (error,) = json.loads(answer.read())["errors"]
     connection.close()
     assert (answer.status, error["code"]) == (413, 3006)
-    assert str(1 << 20) in error["message"]
+    assert str(8 << 20) in error["message"]
 
 
 def test_a_chunked_body_over_the_limit(engine: EngineUnderTest) -> None:
     def parts() -> Iterator[bytes]:
         yield b'{"prompt": "'
-        yield from [b"x" * 65_536] * 20
+        yield from [b"x" * 65_536] * 140
         yield b'"}'
 
     assert error_of(engine.post(content=parts()))[:2] == (413, 3006)
 
 
 def test_a_long_body_within_the_limit_is_read(engine: EngineUnderTest) -> None:
-    status, code, _ = error_of(engine.post(content=json.dumps({"prompt": "é" * 131_072})))
+    """The greatest prompt, its characters escaped with 12 bytes each."""
+    body = json.dumps({"prompt": "🦊" * 131_072})
+    assert len(body) > 12 * 131_072
+    status, code, _ = error_of(engine.post(content=body))
     assert (status, code) == (413, 5021)
 
 
@@ -336,6 +340,10 @@ def test_health_tells_what_it_is(engine: EngineUnderTest) -> None:
     assert health["precision"]
     served = health["served"]
     engine.post({**GREEDY, "max_tokens": 1})
+    assert engine.health()["served"] == served + 1
+    for refused in ({**GREEDY, "temperature": 9}, {**GREEDY, "prompt": "word " * 9000}, {}):
+        engine.post(refused)
+    engine.post(GREEDY, model="another")
     assert engine.health()["served"] == served + 1
 
 
