@@ -260,8 +260,9 @@ class Child(subprocess.Popen[bytes]):
 
 def remember(child: Child, record: EngineRecord) -> None:
     """Keep `child` to see how it ends. Those that have ended make room: their numbers may be given out again."""
-    for key in [key for key, known in _children.items() if known.poll() is not None]:
-        del _children[key]
+    for key, known in list(_children.items()):
+        if known.poll() is not None:
+            _children.pop(key, None)
     _children[record.pid, record.started] = child
 
 

@@ -26,15 +26,13 @@ from mistral_nb.answer import Answer
 from mistral_nb.backends import Local
 from mistral_nb.backends.pump import Pump
 from mistral_nb.config import load_settings
-from mistral_nb.engine_control import Child, call, check, ended, is_gone, kill, remember, status, stop
+from mistral_nb.engine_control import check, is_gone, status, stop
 from mistral_nb.errors import (
     ConfigurationError,
     EngineBusy,
     EngineCrashed,
-    EngineError,
     EngineStartError,
     MissingDependency,
-    MistralError,
     ModelError,
     UnknownModel,
 )
@@ -137,57 +135,6 @@ def test_an_engine_that_is_killed_in_the_middle_is_told_and_the_next_answer_come
     assert "Paris" in text_of(list(local().stream(SHORT)))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="an engine is known by its command line in /proc")
-def test_an_engine_that_hangs_is_ended_and_never_taken_for_absent(alone: Path) -> None:
-    """Not by `stop` without force; by the next question, and by `stop` with it."""
-    list(local().stream(SHORT))
-    hung = record()
-    os.kill(hung.pid, signal.SIGSTOP)
-    impatient = load_settings({"connect_timeout": 0.5})
-    [seen] = status(impatient)
-    assert (seen.record, seen.health) == (hung, None)
-    with pytest.raises(EngineError, match=rf"{hung.pid}.*--force.*{hung.log}"):
-        stop(impatient)
-    assert runtime.process_alive(hung.pid)
-
-    chunks = list(Local(impatient).stream(SHORT))
-    assert "Replacing the engine" in [chunk.status for chunk in chunks]
-    assert "Paris" in text_of(chunks)
-    assert not runtime.process_alive(hung.pid)
-
-    other = record()
-    os.kill(other.pid, signal.SIGSTOP)
-    [told] = stop(impatient, "embedded", force=True)
-    assert told.startswith(EMBEDDED)
-    assert "killed" in told
-    assert not runtime.process_alive(other.pid)
-    assert runtime.read_record(EMBEDDED) is None
-
-
-def test_a_process_that_is_no_engine_is_never_ended(alone: Path) -> None:
-    """Its number was an engine's once; nobody answers on that engine's port."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        runtime.write_record(record_of(other.pid))
-        assert status(load_settings()) == []
-        with pytest.raises(EngineError, match="no engine"):
-            kill(record_of(other.pid))
-        assert stop(load_settings(), force=True) == []
-        assert other.poll() is None
-        assert runtime.read_record(EMBEDDED) is None
-        other.communicate(b"\n")
-
-
-def test_a_child_that_ended_is_told_from_another_process_of_its_number(alone: Path) -> None:
-    child = Child([sys.executable, "-c", "raise SystemExit(3)"])
-    child.wait()
-    remember(child, record_of(os.getpid()))
-    assert is_gone(record_of(os.getpid()))
-    assert ended(record_of(os.getpid())) == "exit status 3"
-    later = replace(record_of(os.getpid()), started=1.0)
-    assert ended(later) == ""
-    assert sys.platform != "linux" or not is_gone(later)
-
-
 def test_an_engine_that_is_killed_while_it_loads_is_told() -> None:
     stop(load_settings(), force=True)
     stream = local().stream(SHORT)
@@ -252,25 +199,6 @@ def test_an_engine_that_ends_before_the_first_text_is_started_again(how: str) ->
     going.close()
 
 
-def test_only_an_engine_that_takes_the_token_counts() -> None:
-    silent = Peer(scripts=[["hold"]])
-    rude = Peer(scripts=[[head("200 OK", "text/html") + b"<html>"]])
-    stranger = Peer(scripts=[[head("200 OK", "application/json") + b'{"status": "fine"}']])
-    base = EngineRecord(os.getpid(), silent.port, "t", EMBEDDED, __version__, runtime.PROTOCOL, "x.log", 0.0)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    assert check(base, timeout=0.2) is None
-    assert check(replace(base, port=rude.port), timeout=5) is None
-    assert check(replace(base, port=stranger.port), timeout=5) is None
-    assert check(replace(base, pid=ended.pid, port=stranger.port), timeout=5) is None
-    for peer in (silent, rude, stranger):
-        peer.close()
-    assert check(replace(base, port=rude.port), timeout=5) is None
-    with pytest.raises(ValueError, match="not on this machine"):
-        call(replace(base, host="192.0.2.1"), "GET", "/engine/health", timeout=0.2)
-    assert check(replace(base, host="192.0.2.1"), timeout=0.2) is None
-
-
 OLD_VERSION = """
 import sys
 import mistral_nb
@@ -330,34 +258,6 @@ def ask_over_the_wire(engine: EngineRecord) -> None:
     )
     connection.getresponse().read()
     connection.close()
-
-
-def test_a_dry_run_has_the_exact_tokens() -> None:
-    shown: list[str] = []
-    dry = local().tokenize(SHORT, shown.append)
-    [last] = [chunk for chunk in local().stream(SHORT) if chunk.usage]
-    assert last.usage
-    assert len(dry.tokens) == last.usage.prompt_tokens
-    assert "What is the capital of France?" in dry.prompt
-    assert dry.context == 8192
-    with pytest.raises(MistralError, match="surrogate"):
-        local().tokenize(GenerationRequest(prompt="half \ud800"))
-
-
-def test_status_and_stop() -> None:
-    list(local().stream(SHORT))
-    engine = record()
-    [found] = status(load_settings())
-    assert found.record == engine
-    assert found.health
-    assert found.health.pid == engine.pid
-    assert "CPU" in found.health.where or "H" in found.health.where
-    assert engine.token not in repr(found)
-    assert stop(load_settings(), "embedded") == [EMBEDDED]
-    assert is_gone(engine)
-    assert not runtime.process_alive(engine.pid), "not only its port is closed"
-    assert status(load_settings()) == []
-    assert stop(load_settings()) == []
 
 
 NAME = "@hf/mistral/mistral-7b-instruct-v0.2"
@@ -525,45 +425,6 @@ def test_the_engine_survives_an_interrupt_of_the_notebooks_process_group(alone: 
     assert eventually(lambda: runtime.read_record(EMBEDDED) is not None)
     assert record().pid == engine
     assert not is_gone(record())
-
-
-INTERRUPTED_DRY_RUN = """
-    from mistral_nb.backends import Local
-    from mistral_nb.config import load_settings
-    from mistral_nb.types import GenerationRequest
-    request = GenerationRequest(prompt="Hello")
-    try:
-        Local(load_settings()).tokenize(request, lambda status: print(status, flush=True))
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-    print(len(Local(load_settings()).tokenize(request).tokens) > 1)
-"""
-
-
-def test_a_dry_run_that_is_interrupted_leaves_no_second_engine(alone: Path) -> None:
-    notebook = python(INTERRUPTED_DRY_RUN)
-    assert notebook.stdout
-    assert eventually(lambda: bool(children(notebook.pid)), 60)
-    [engine] = children(notebook.pid)
-    notebook.send_signal(signal.SIGINT)
-    said = [line.strip() for line in notebook.stdout]
-    notebook.stdout.close()
-    assert notebook.wait(PATIENCE) == 0
-    assert said[-2:] == ["interrupted", "True"]
-    assert record().pid == engine
-    assert runtime.log_path(EMBEDDED).read_text().count("loading from") == 1
-
-
-def test_a_dry_run_ends_when_nobody_listens_to_it(alone: Path) -> None:
-    class Gone(Exception): ...
-
-    def say(status: str) -> None:
-        raise Gone
-
-    with runtime.start_lock(EMBEDDED), pytest.raises(Gone):
-        local().tokenize(SHORT, say)
-    assert eventually(lambda: "mistral-nb" not in {thread.name for thread in threading.enumerate()})
-    assert runtime.read_record(EMBEDDED) is None
 
 
 def children(parent: int) -> list[int]:

@@ -42,6 +42,12 @@ def test_a_frame_is_given_as_soon_as_it_is_complete() -> None:
     assert len(taken) == 1
 
 
+def test_only_newlines_end_a_line_of_a_frame() -> None:
+    """JSON may hold the others as they are: U+2028, U+0085 and what `str.splitlines` splits at besides."""
+    data = json.dumps({"response": "a\u2028b\u2029c\x85d\x7fe"}, ensure_ascii=False)
+    assert list(frames([f"data: {data}\n\n".encode()])) == [data]
+
+
 def read(*data: Any) -> tuple[str, Chunk]:
     reading = Reading()
     text = "".join(reading.frame(json.dumps(item)) for item in data)

@@ -19,18 +19,14 @@ import pytest
 from mistral_nb.backends.pump import Line
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
 from mistral_nb.errors import (
-    AuthenticationError,
     BackendError,
     ConfigurationError,
     ConnectionFailed,
-    ContextOverflow,
     InvalidRequest,
     MistralError,
-    ModelError,
     RateLimited,
     RequestTimeout,
     StreamTruncated,
-    UnknownModel,
 )
 from mistral_nb.types import Chunk, GenerationRequest, Usage
 from tests.backends.scripted import PATIENCE, TOKEN, Peer, body, frame, head
@@ -135,120 +131,6 @@ def test_an_error_frame_before_any_text_just_raises(peer: Peer, client: Make) ->
     chunks, error = collect(client())
     assert chunks == []
     assert isinstance(error, BackendError)
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "kind"),
-    [
-        ("401 Unauthorized", 10000, AuthenticationError),
-        ("403 Forbidden", 10000, AuthenticationError),
-        ("400 Bad Request", 6003, AuthenticationError),
-        ("403 Forbidden", 5018, AuthenticationError),
-        ("403 Forbidden", None, AuthenticationError),
-        ("400 Bad Request", 7000, BackendError),
-        ("404 Not Found", None, BackendError),
-        ("400 Bad Request", 5007, UnknownModel),
-        ("404 Not Found", 3042, UnknownModel),
-        ("410 Gone", 5028, ModelError),
-        ("410 Gone", None, ModelError),
-        ("400 Bad Request", 5006, InvalidRequest),
-        ("405 Method Not Allowed", 5005, InvalidRequest),
-        ("404 Not Found", 3037, InvalidRequest),
-        ("400 Bad Request", 3039, InvalidRequest),
-        ("413 Too Large", 3006, InvalidRequest),
-        ("413 Too Large", None, InvalidRequest),
-        ("408 Timeout", 3046, RequestTimeout),
-        ("408 Timeout", None, RequestTimeout),
-        ("429 Too Many", 4006, RateLimited),
-        ("429 Too Many", 971, RateLimited),
-        ("429 Too Many", None, RateLimited),
-        ("503 Unavailable", None, BackendError),
-        ("500 Error", 3046, RequestTimeout),
-        ("418 Teapot", 99999, BackendError),
-        ("307 Redirect", None, BackendError),
-    ],
-)
-def test_failures_are_told_apart_by_code_and_then_by_status(
-    peer: Peer, client: Make, status: str, code: int | None, kind: type[MistralError]
-) -> None:
-    errors = [{"message": "AiError: AiError: what it says (12345678-1234-1234-1234-123456789abc)", "code": code}]
-    peer.scripts = [body({"errors": errors, "success": False, "result": {}, "messages": []}, status)]
-    chunks, error = collect(client(), GenerationRequest(prompt="Hello", lora="mine"))
-    assert chunks == []
-    assert type(error) is kind
-    assert "what it says (" in str(error)
-    assert "12345678" not in str(error)
-    if isinstance(error, BackendError):
-        assert error.code == code
-        assert error.status == int(status[:3])
-
-
-def test_success_false_with_status_200_is_a_failure(peer: Peer, client: Make) -> None:
-    peer.scripts = [body({"errors": [{"message": "no", "code": 3040}], "success": False, "result": {}})]
-    assert isinstance(collect(client())[1], RateLimited)
-
-
-def test_an_error_page_that_is_no_json(peer: Peer, client: Make) -> None:
-    page = b"<html>" + b"x" * 5000
-    peer.scripts = [[head("502 Bad Gateway", "text/html", "cf-ray: 8a1b-FRA") + page]]
-    error = collect(client())[1]
-    assert type(error) is BackendError
-    assert error.status == 502
-    assert "Bad Gateway" in str(error)
-    assert "8a1b-FRA" in str(error)
-    assert len(str(error)) < 200
-
-
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None)])
-def test_retry_after(peer: Peer, client: Make, header: str, seconds: float | None) -> None:
-    peer.scripts = [body({"errors": [{"message": "wait", "code": 971}]}, "429 Too Many", f"Retry-After: {header}")]
-    error = collect(client())[1]
-    assert isinstance(error, RateLimited)
-    assert error.retry_after == seconds
-
-
-def test_a_prompt_over_the_context_tells_both_numbers(peer: Peer, client: Make) -> None:
-    said = "The estimated number of input and maximum output tokens (5,012) exceeded this model context window (4096)"
-    peer.scripts = [body({"errors": [{"message": said, "code": 5021}]}, "413 Too Large")]
-    error = collect(client())[1]
-    assert isinstance(error, ContextOverflow)
-    assert (error.prompt_tokens, error.limit) == (5012, 4096)
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "request 1234 took 99 ms: too large",
-        "error 5021 at host 10.0.0.1: too large",
-    ],
-)
-def test_other_numbers_are_no_counts_of_tokens(peer: Peer, client: Make, said: str) -> None:
-    peer.scripts = [body({"errors": [{"message": said, "code": 5021}]}, "413 Too Large")]
-    error = collect(client())[1]
-    assert type(error) is InvalidRequest
-    assert said in str(error)
-
-
-def test_a_field_that_the_peer_refuses_is_named(peer: Peer, client: Make) -> None:
-    said = "AiError: Bad input: Error: '/temperature' must be at most 2"
-    peer.scripts = [body({"errors": [{"message": said, "code": 5006}]}, "400 Bad Request")]
-    error = collect(client(), GenerationRequest(prompt="Hi", temperature=3))[1]
-    assert isinstance(error, InvalidRequest)
-    assert (error.field, error.value) == ("temperature", 3)
-    assert str(error).startswith("Cloudflare: Bad input")
-    assert str(error).endswith("Correct the field that it names")
-
-
-def test_the_local_engines_messages_are_whole(peer: Peer, client: Make) -> None:
-    said = "functions = ['f']: this model's chat template takes none; leave them out"
-    peer.scripts = [body({"errors": [{"message": said, "code": 5006}]}, "400 Bad Request")]
-    error = collect(client(engine=True, peer="the local engine"))[1]
-    assert isinstance(error, InvalidRequest)
-    assert (error.field, str(error)) == ("functions", said)
-    peer.scripts = [body({"errors": [{"message": "it was stopped; run it again", "code": 3043}]}, "503 Unavailable")]
-    error = collect(client(engine=True, peer="the local engine"))[1]
-    assert type(error) is BackendError
-    assert str(error) == "the local engine: it was stopped; run it again"
 
 
 def test_text_is_sent_as_utf_8(peer: Peer, client: Make) -> None:

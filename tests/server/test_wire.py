@@ -365,9 +365,11 @@ def test_tokenize_counts_what_is_over_the_context(engine: EngineUnderTest) -> No
     assert answer["count"] > answer["context"] == 8192
 
 
-def test_tokenize_refuses_what_a_run_refuses(engine: EngineUnderTest) -> None:
-    response = engine.client.post("/engine/tokenize", json={"prompt": PROMPT, "temperature": 9})
-    assert error_of(response)[:2] == (400, 5006)
+@pytest.mark.parametrize("extra", [{"temperature": 9}, {"functions": [{"name": "f", "code": "1"}]}])
+def test_tokenize_refuses_what_a_run_refuses(engine: EngineUnderTest, extra: dict[str, Any]) -> None:
+    refused = error_of(engine.client.post("/engine/tokenize", json={"prompt": PROMPT, **extra}))
+    assert refused[:2] == (400, 5006)
+    assert refused == error_of(engine.post({"prompt": PROMPT, **extra}))
 
 
 def test_the_log_holds_no_prompt_and_no_token(engine: EngineUnderTest) -> None:
