@@ -70,4 +70,6 @@ def make_request(prompt: Prompt, system: str | None, fields: Mapping[str, Any]) 
     if system is None:
         return request
     turns = request.messages or (Message("user", request.prompt or ""),)
+    if any(turn.role == "system" for turn in turns):
+        raise InvalidRequest("system", system, "the messages hold a system turn already; leave one of the two out")
     return request.with_(prompt=None, messages=(Message("system", system), *turns))

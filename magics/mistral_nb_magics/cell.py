@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +68,8 @@ class Mistral(Magics):
     last: Result | None = None
     """The last answer, whole or partial."""
 
+    _last_style = Style()
+
     @mistral_arguments(MANUAL)
     @line_cell_magic
     @no_var_expand
@@ -102,6 +105,7 @@ class Mistral(Magics):
         with Interrupts() as interrupts, Answer(selection.backend, call.request) as answer:
             error = follow(answer, display, interrupts)
             result = self.last = answer.result
+            self._last_style = replace(style, waiting="")
             if call.out:
                 self._shell.user_ns[call.out] = result
             display.finish(result, error)
@@ -195,19 +199,19 @@ class Mistral(Magics):
     def _show_last(self) -> Result:
         if self.last is None:
             raise UsageError("there is no answer yet: ask with %%mistral first")
-        show_result(self._shell, self.last)
+        show_result(self._shell, self.last, self._last_style)
         return self._already_shown(self.last)
 
     def _already_shown(self, result: Result) -> Result:
         """`result`, which the display hook leaves out until this cell has ended: it was shown while it came."""
-        formatter, events = self._shell.display_formatter, self._shell.events
+        formatter, events, style = self._shell.display_formatter, self._shell.events, self._last_style
 
         def hidden(value: Result) -> bool:
             return value is result and _in_display_hook()
 
         def skip(value: Result) -> None:
             if not hidden(value):
-                show_result(self._shell, value)
+                show_result(self._shell, value, style)
 
         def name(value: Result) -> tuple[dict[str, str], dict[str, Any]]:
             return ({"text/plain": "<Result, shown above>"}, {}) if hidden(value) else value._repr_mimebundle_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from typing import Any
 
@@ -40,7 +41,8 @@ def find_command(line: str) -> tuple[str, argparse.Namespace] | None:
     """The command that a line is, with its options; None for a prompt.
 
     A line is a command when its first word is a command's name and nothing but options comes after it (for `pull`, one
-    word). An empty line is the command "". Raises `UsageError` for an unknown option.
+    word), and always when an option comes right after it. An empty line is the command "". Raises `UsageError` for an
+    unknown option.
     """
     words = line.split()
     if not words:
@@ -53,10 +55,10 @@ def find_command(line: str) -> tuple[str, argparse.Namespace] | None:
     except ValueError:
         return None
     options, rest = parser.parse_known_args(arguments)
-    if any(not word.startswith("-") for word in rest):
+    if any(not word.startswith("-") for word in rest) and not re.match(r"--\w", words[1]):
         return None
     if rest:
         known = [name for action in parser._actions for name in action.option_strings]
         told = f"{near_miss(rest[0], known)}" if known else "; it takes none"
-        raise UsageError(f"unknown option {rest[0]} of %mistral {words[0]}{told}")
+        raise UsageError(f"unknown option {rest[0]} of %mistral {words[0]}{told}. After a lone -- everything is text")
     return words[0], options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 import time
@@ -33,6 +34,11 @@ COST_SHARE = 5
 
 PATIENCE = 0.4
 """Seconds of silence before the output says that it waits."""
+
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\s)((?:\\.|[^$\n])+?)(?<!\s)\$", re.DOTALL
+)
+_PROSE = re.compile(r"(?<![\\\w])[^\W\d_]{2,}\s+[^\W\d_]{2,}")
 
 Bundle = dict[str, Any]
 
@@ -66,9 +72,9 @@ def make_display(shell: InteractiveShell, style: Style) -> Display:
     return NotebookDisplay(shell, style) if is_notebook(shell) else TerminalDisplay(style)
 
 
-def show_result(shell: InteractiveShell, result: Result) -> None:
+def show_result(shell: InteractiveShell, result: Result, style: Style) -> None:
     """Show a whole answer again."""
-    display = make_display(shell, Style())
+    display = make_display(shell, style)
     display.add(Chunk(text=result.text))
     display.finish(result, None)
 
@@ -153,29 +159,33 @@ def fenced(text: str, language: str) -> str:
 
 
 def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, Bundle]:
-    """What is saved of an answer, by MIME type, and its metadata: the text, the mark if any, and the footer."""
-    form, footer = style.form, _footer(result, style)
-    code = "\n".join(result.code) if form == "code" else ""
+    """What is saved of an answer, by MIME type, and its metadata: the text, the mark if any, and the footer.
+
+    Every form but plain text is Markdown, so that the footer stands under each of them.
+    """
+    footer = _footer(result, style)
+    code = "\n".join(result.code) if style.form == "code" else ""
     text = fenced(code, "python") if code else result.text.strip("\n")
     plain = "\n\n".join(part for part in (plain_text(text), mark, footer) if part)
     metadata = {"mistral_nb": {**result.metadata(), "why": style.why or None}}
-    rich = {} if mark or form == "text" else _rich(result, form)
-    if not rich and form not in ("text", "json"):
-        small = f"<small>{'<br>'.join(map(literal, footer.splitlines()))}</small>" if footer else ""
-        parts = (safe_markdown(_source(text, form)) if text.strip() else "", f"**{mark}**" if mark else "", small)
-        rich = {"text/markdown": "\n\n".join(part for part in parts if part) or "*(empty)*"}
-    return {**rich, "text/plain": plain}, metadata
+    if style.form == "text":
+        return {"text/plain": plain}, metadata
+    source = text if mark or code else _final_source(result, style.form)
+    small = f"<small>{'<br>'.join(map(literal, footer.splitlines()))}</small>" if footer else ""
+    parts = (safe_markdown(source) if text.strip() else "", f"**{mark}**" if mark else "", small)
+    return {"text/markdown": "\n\n".join(part for part in parts if part) or "*(empty)*", "text/plain": plain}, metadata
 
 
-def _rich(result: Result, form: str) -> Bundle:
-    """The answer as a MIME type of its own; empty where the form has none, or the text is no such thing."""
+def _final_source(result: Result, form: str) -> str:
+    """The Markdown that shows a whole answer in a form; the text itself where it holds no such thing."""
+    text = result.text.strip("\n")
     if form == "json":
         with contextlib.suppress(ValueError):
-            return {"application/json": result.json}
+            return fenced(json.dumps(result.json, indent=2, ensure_ascii=False), "json")
     if form == "math":
-        formula = safe_markdown(f"$${_bare_formula(result.text)}$$")
-        return {"text/latex": formula} if formula.startswith("$$") else {}
-    return {}
+        formula = _formula(text)
+        return f"$${formula}$$" if formula else text
+    return _source(text, form)
 
 
 def _footer(result: Result, style: Style) -> str:
@@ -185,13 +195,12 @@ def _footer(result: Result, style: Style) -> str:
     return f"{result.footer}{hint}" + (f"\n{style.why}" if style.why else "")
 
 
-def _bare_formula(text: str) -> str:
-    """A formula without the delimiters that the model put around it."""
-    body = text.strip()
-    for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
-        if body.startswith(opening) and body.endswith(closing) and len(body) > len(opening + closing):
-            return body[len(opening) : -len(closing)].strip()
-    return body
+def _formula(text: str) -> str:
+    """The first formula with delimiters, or the text itself where it is no prose; else nothing."""
+    delimited = _FORMULA.search(text)
+    if delimited:
+        return next(body for body in delimited.groups() if body is not None).strip()
+    return "" if _PROSE.search(text) else text.strip()
 
 
 class TerminalDisplay:

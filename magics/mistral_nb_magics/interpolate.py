@@ -22,7 +22,15 @@ def interpolate(text: str, namespace: Mapping[str, Any]) -> str:
     Done once: braces inside a value stay. Single braces and `$` are never touched. Raises `UsageError` naming what is
     unknown, or what is not a name, attribute or index.
     """
-    return _HOLE.sub(lambda hole: str(lookup(hole[1].strip(), namespace)), text)
+    return _HOLE.sub(lambda hole: _text(hole[1].strip(), namespace), text)
+
+
+def _text(expression: str, namespace: Mapping[str, Any]) -> str:
+    value = lookup(expression, namespace)
+    try:
+        return str(value)
+    except Exception as error:  # the value's own code
+        raise _broken(expression, error) from error
 
 
 def lookup(expression: str, namespace: Mapping[str, Any]) -> Any:
@@ -54,6 +62,8 @@ def _value(node: ast.expr, expression: str, namespace: Mapping[str, Any]) -> Any
             except AttributeError:
                 hint = near_miss(name, dir(owner))
                 raise UsageError(f"{{{{{expression}}}}}: {_kind(owner)} has no attribute {name!r}{hint}") from None
+            except Exception as error:  # the value's own code
+                raise _broken(expression, error) from error
         case ast.Subscript(inner, index):
             return _item(_value(inner, expression, namespace), _index(index, expression), expression)
     _refuse(expression)
@@ -75,6 +85,12 @@ def _item(owner: Any, index: int | str, expression: str) -> Any:
         raise UsageError(
             f"{{{{{expression}}}}}: {_kind(owner)} has nothing at [{index!r}] ({type(error).__name__})"
         ) from None
+    except Exception as error:  # the value's own code
+        raise _broken(expression, error) from error
+
+
+def _broken(expression: str, error: Exception) -> UsageError:
+    return UsageError(f"{{{{{expression}}}}}: reading it raised {type(error).__name__}: {error}")
 
 
 def _kind(value: Any) -> str:

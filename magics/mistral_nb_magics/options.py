@@ -212,7 +212,7 @@ def _unknown_option(word: str, options: Mapping[str, argparse.Action]) -> UsageE
 
 def _variable(name: str | None) -> str | None:
     if name is not None and (not name.isidentifier() or keyword.iskeyword(name)):
-        raise UsageError(f"--out {name}: not a name that a variable can have")
+        raise UsageError(f"--out {name}: not a name that a variable can have. After a lone -- everything is text")
     return name
 
 
@@ -221,17 +221,23 @@ def _request(
 ) -> GenerationRequest:
     fields = {field.name: _field_value(field, getattr(given, field.name), namespace) for field in OPTION_FIELDS}
     fields = {name: defaults.get(name) if value is None else value for name, value in fields.items()}
-    system = given.system or (None if fields["raw"] else defaults.get("system"))
+    history = fields.pop("messages")
+    silent = fields["raw"] or any(_role(turn) == "system" for turn in history or ())
+    system = given.system or (None if silent else defaults.get("system"))
     if given.system and fields["raw"]:
         raise UsageError("--raw sends the prompt as it is, without a --system text: write it into the prompt")
-    history = fields.pop("messages")
     try:
         if history is None:
             return make_request(prompt, system, fields)
         return make_request([*history, {"role": "user", "content": prompt}], system, fields)
     except InvalidRequest as error:
-        option = flag(FIELDS_BY_NAME[error.field]) if error.field in fields else error.field
+        names = {field.name: flag(field) for field in OPTION_FIELDS} | {"system": "--system"}
+        option = names.get(error.field, error.field)
         raise UsageError(str(error).replace(error.field, option, 1)) from None
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, Mapping) else getattr(turn, "role", None)
 
 
 def _field_value(field: Field, given: Any, namespace: Mapping[str, Any]) -> Any:

@@ -272,7 +272,7 @@ def cloudflare(settings: Settings, model: str | None = None) -> WorkersAI:
     ]
     if account is None or token is None:
         raise ConfigurationError(
-            f"Cloudflare needs {' and '.join(missing)}: set it in the environment "
+            f"Cloudflare needs {' and '.join(missing)} in the environment "
             f"(https://dash.cloudflare.com, Workers AI, Use REST API), or {USE_LOCAL}"
         )
     if not _ACCOUNT.fullmatch(account):

@@ -214,11 +214,15 @@ def test_a_long_answer_is_sent_less_often(bare_shell: InteractiveShell, recorder
     ("form", "text", "kind", "wanted"),
     [
         ("text", "**x** <b>", "text/plain", "**x** <b>"),
-        ("json", 'So:\n```json\n{"a": 1}\n```', "application/json", {"a": 1}),
+        ("json", 'So:\n```json\n{"a": 1}\n```', "text/markdown", '```json\n{\n  "a": 1\n}\n```'),
+        ("json", "No JSON", "text/markdown", "No JSON"),
         ("html", "<b>x</b>\n```", "text/markdown", "````html\n<b>x</b>\n```\n````"),
         ("code", "Do\n```py\nx = 1\n```\nthen\n```\ny\n```", "text/markdown", "```python\nx = 1\n\ny\n\n```"),
-        ("math", "\\[ a < b \\]", "text/latex", "$$a \\lt b$$"),
-        ("math", "So $x$ is\n\nlarge", "text/markdown", "So $x$ is\n\nlarge"),
+        ("math", "\\[ a < b \\]", "text/markdown", "$$a \\lt b$$"),
+        ("math", "So \\(x^2\\) is\n\nlarge", "text/markdown", "$$x^2$$"),
+        ("math", "E = mc^2", "text/markdown", "$$E = mc^2$$"),
+        ("math", "\\frac{a}{b} + \\alpha \\beta", "text/markdown", "$$\\frac{a}{b} + \\alpha \\beta$$"),
+        ("math", "The area of a circle", "text/markdown", "The area of a circle"),
     ],
 )
 def test_forms(bare_shell: InteractiveShell, recorder: Recorder, form: str, text: str, kind: str, wanted: Any) -> None:
@@ -227,7 +231,7 @@ def test_forms(bare_shell: InteractiveShell, recorder: Recorder, form: str, text
     shown = data[kind]
     assert shown == wanted or (isinstance(shown, str) and shown.startswith(wanted)), shown
     assert ("text/markdown" in data) == (kind == "text/markdown")
-    assert "text/plain" in data
+    assert all(recorder.sent[-1]["metadata"]["mistral_nb"]["model"] in shown for shown in data.values())
 
 
 def test_a_terminal_gets_the_text_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:

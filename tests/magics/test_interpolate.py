@@ -58,6 +58,27 @@ def test_what_is_not_a_known_value_is_named(text: str, told: str) -> None:
     assert told in str(failure.value)
 
 
+class Broken:
+    """Every way of reading it fails."""
+
+    @property
+    def part(self) -> str:
+        raise RuntimeError("no part")
+
+    def __getitem__(self, index: object) -> str:
+        raise RuntimeError("no item")
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(("text", "told"), [("{{b}}", "no text"), ("{{b.part}}", "no part"), ("{{b[0]}}", "no item")])
+def test_what_a_value_raises_is_told_in_short(text: str, told: str) -> None:
+    with pytest.raises(UsageError) as failure:
+        interpolate(text, {"b": Broken()})
+    assert f"{text}: reading it raised RuntimeError: {told}" in str(failure.value)
+
+
 def test_the_way_out_is_named() -> None:
     with pytest.raises(UsageError, match="--no-interpolate"):
         interpolate("{{nobody}}", {})

@@ -14,7 +14,13 @@ from mistral_nb_magics.options import OPTION_FIELDS, Call, flag, read_call
 
 MAGIC: Any = vars(Mistral)["mistral"]
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-NAMES = {"topic": "tides", "turns": TURNS, "tools": [{"name": "f", "code": "def f(): ..."}], "number": 3}
+NAMES = {
+    "persona": [{"role": "system", "content": "Be long."}],
+    "topic": "tides",
+    "turns": TURNS,
+    "tools": [{"name": "f", "code": "def f(): ..."}],
+    "number": 3,
+}
 
 
 def read(line: str, cell: str | None = None, **defaults: Any) -> Call:
@@ -96,6 +102,10 @@ def test_system_and_history_come_before_the_prompt() -> None:
     call = read("--system 'About {{topic}}.' --messages turns", "Go on.")
     roles = [(message.role, message.content) for message in call.request.messages or ()]
     assert roles == [("system", "About tides."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Go on.")]
+    kept = read("--messages persona Hi", system="Be brief.")
+    assert [turn.content for turn in kept.request.messages] == ["Be long.", "Hi"]  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="--system = 'x': the messages hold a system turn"):
+        read("--messages persona --system x Hi")
     assert read("Hi", system="Be brief.").request.messages[0].content == "Be brief."  # type: ignore[index]
     assert read("--raw Hi", system="Be brief.").request.prompt == "Hi"
 
@@ -165,5 +175,9 @@ def test_a_command_is_its_word_with_nothing_but_options(line: str, command: str 
 def test_an_unknown_option_of_a_command() -> None:
     with pytest.raises(UsageError, match=r"--frce of %mistral stop; did you mean '--force'\?"):
         find_command("stop --frce")
+    with pytest.raises(UsageError, match="--format of %mistral last; it takes none"):
+        find_command("last --format code")
+    with pytest.raises(UsageError, match="--max-tokens of %mistral stop"):
+        find_command("stop --max-tokens 3")
     with pytest.raises(UsageError, match="it takes none"):
         find_command("status --loud")
