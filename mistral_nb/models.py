@@ -100,6 +100,11 @@ class Progress:
     done: int
     total: int | None
 
+    def __str__(self) -> str:
+        """The step with its share, such as `downloading 40%`, for the end of a status line."""
+        share = f" {min(self.done / self.total, 1):.0%}" if self.total else ""
+        return f"{self.step.lower()}{share}"
+
 
 def store_path() -> Path:
     """The folder of the store, which need not exist: `$MISTRAL_NB_HOME/models`, else the user's data folder."""

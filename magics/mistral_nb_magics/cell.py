@@ -184,14 +184,10 @@ class Mistral(Magics):
     def _pull(self, model: str | None) -> None:
         if model is None:
             raise UsageError("which model? Such as: %mistral pull embedded")
-        from mistral_nb.models import Progress, canonical, pull
+        from mistral_nb.models import canonical, pull
 
         def job(say: Callable[[str], None]) -> Path:
-            def progress(now: Progress) -> None:
-                share = f" {min(now.done / now.total, 1):.0%}" if now.total else ""
-                say(f"Pulling {model}: {now.step.lower()}{share}")
-
-            return pull(model, progress)
+            return pull(model, lambda now: say(f"Pulling {model}: {now}"))
 
         name = canonical(model)
         print(f"{name} is in {self._work(f'Looking for {name}', job)}")

@@ -131,8 +131,7 @@ def _have_weights(search: _Search) -> None:
     """Only the embedded model is pulled on its own."""
 
     def progress(now: Progress) -> None:
-        share = f" {min(now.done / now.total, 1):.0%}" if now.total else ""
-        search.say(f"Pulling the embedded model: {now.step.lower()}{share}")
+        search.say(f"Pulling the embedded model: {now}")
 
     if search.model == EMBEDDED:
         pull(search.model, progress, lambda: search.line.hung_up)

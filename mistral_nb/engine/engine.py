@@ -34,14 +34,13 @@ KV_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What was loaded. `context` in tokens; `weight_bytes` is what one decoding step reads."""
+    """What was loaded. `context` in tokens; `threads` are those that read prompts on the CPU."""
 
     model: str
     device: str
     precision: Precision
     context: int
     vocab_size: int
-    weight_bytes: int
     threads: int
     kernels: str
 
@@ -97,7 +96,6 @@ class Engine:
             precision=chosen,
             context=args.context,
             vocab_size=args.vocab_size,
-            weight_bytes=weights.nbytes,
             threads=threads,
             kernels=ops.kernels_in_use(),
         )

@@ -25,9 +25,6 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    @property
-    def nbytes(self) -> int: ...
-
 
 @dataclass(frozen=True, slots=True)
 class FloatLinear:
@@ -37,10 +34,6 @@ class FloatLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight)
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +45,6 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear_int8(x, self.weight, self.scale)
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +67,6 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Tensor
     output: Linear
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one decoding step reads: every matrix but the embedding, of which it reads a row."""
-        matrices = [m for layer in self.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
-        return sum(matrix.nbytes for matrix in (*matrices, self.output))
 
 
 @dataclass(frozen=True, slots=True)
