@@ -7,9 +7,9 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
 
-from mistral_nb import __version__
+from mistral_nb import __version__, store_commands
+from mistral_nb.config import PRECISIONS
 from mistral_nb.errors import MissingDependency, MistralError
 
 __all__ = ["main"]
@@ -24,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except MistralError as error:
-        print(f"mistral-nb: {error}", file=sys.stderr)
+        from mistral_nb.safe_markdown import plain_text
+
+        print(f"mistral-nb: {plain_text(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("mistral-nb: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"mistral-nb: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
 
 
@@ -49,15 +51,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="end after this long without a request, 0 for never (the setting idle_timeout: 1800)",
     )
+    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (%(default)s)")
+    serve.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="what to compute in (the setting precision: auto, which is int8 on a CPU and bf16 or fp16 on a GPU)",
+    )
+    serve.add_argument(
+        "--context",
+        type=_count,
+        metavar="TOKENS",
+        help="tokens of context, fewer take less memory (the setting context: all that the model has)",
+    )
     serve.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
 
-    pull = commands.add_parser("pull", help="fetch a model into the store", description=_pull.__doc__)
-    pull.add_argument("model", help="name or alias, such as embedded")
-    pull.set_defaults(command=_pull)
-
-    models = commands.add_parser("models", help="list the known and the installed models", description=_models.__doc__)
-    models.set_defaults(command=_models)
+    store_commands.add_to(commands)
 
     status = commands.add_parser("status", help="list the running engines", description=_status.__doc__)
     status.set_defaults(command=_status)
@@ -70,7 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     stop.set_defaults(command=_stop)
 
     bench = commands.add_parser("bench", help="measure the local engine on this machine", description=_bench.__doc__)
-    bench.add_argument("--model", default="embedded", help="name, alias or checkpoint folder (%(default)s)")
+    bench.add_argument(
+        "what",
+        nargs="?",
+        choices=("answer", "load"),
+        default="answer",
+        help="answer: cold start, first token and decoding; load: a checkpoint made for it (%(default)s)",
+    )
+    bench.add_argument("--model", default="embedded", help="of answer: name, alias or checkpoint folder (%(default)s)")
+    bench.add_argument("--size-gb", type=_gigabytes, default=2.0, help="of load: the checkpoint's size (%(default)s)")
     bench.add_argument("--runs", type=_count, default=5, help="measurements of each kind (%(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
     bench.set_defaults(command=_bench)
@@ -92,7 +109,8 @@ def _serve(options: argparse.Namespace) -> int:
     _require("local", LOCAL_PACKAGES)
     model = canonical(options.model)
     folder = locate(model)
-    idle_timeout = load_settings().idle_timeout if options.idle_timeout is None else options.idle_timeout
+    settings = load_settings()
+    idle_timeout = settings.idle_timeout if options.idle_timeout is None else options.idle_timeout
     from mistral_nb.server import ServeOptions, serve
 
     return serve(
@@ -102,6 +120,9 @@ def _serve(options: argparse.Namespace) -> int:
             serve_as=tuple(options.serve_as),
             host=options.host,
             port=options.port,
+            device=options.device,
+            precision=options.precision or settings.precision,
+            context=options.context or settings.context,
             idle_timeout=idle_timeout,
             managed=options.managed,
         )
@@ -112,57 +133,6 @@ def _require(extra: str, packages: Sequence[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(f'this needs {", ".join(missing)}: pip install "mistral-nb[{extra}]"')
-
-
-def _pull(options: argparse.Namespace) -> int:
-    """Fetch a model into the store; does nothing when it is there."""
-    from mistral_nb.models import canonical, pull
-
-    bar = _Bar(sys.stderr)
-    try:
-        folder = pull(options.model, lambda progress: bar.show(progress.step, progress.done, progress.total))
-    finally:
-        bar.close()
-    print(f"{canonical(options.model)} is in {folder}")
-    return 0
-
-
-class _Bar:
-    """One line that is redrawn on a terminal; elsewhere one line for each step."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._live = out.isatty()
-        self._shown = ""
-
-    def show(self, step: str, done: int, total: int | None) -> None:
-        """`done` and `total` in bytes; without a total there is no bar."""
-        line = self._line(step, done, total) if self._live else step
-        if line == self._shown:
-            return
-        self._out.write(f"\r{line:<{len(self._shown)}}" if self._live else f"{line}\n")
-        self._out.flush()
-        self._shown = line
-
-    def close(self) -> None:
-        if self._live and self._shown:
-            self._out.write("\n")
-            self._out.flush()
-
-    @staticmethod
-    def _line(step: str, done: int, total: int | None) -> str:
-        if not total:
-            return step
-        share = min(done / total, 1.0)
-        return f"{step:<12} [{'#' * int(share * 30):<30}] {share:4.0%}  {done / 1e6:.0f} of {total / 1e6:.0f} MB"
-
-
-def _models(options: argparse.Namespace) -> int:
-    """List the models that are known by name and those in the store, with their sizes, and where the store is."""
-    from mistral_nb.report import models_table
-
-    print(models_table())
-    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -186,10 +156,14 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    """Measure cold start, first token and decoding of the local engine."""
+    """Measure the local engine: cold start, first token and decoding, or how fast a checkpoint is loaded."""
     from mistral_nb.backends.engine_process import LOCAL_PACKAGES
 
     _require("local", LOCAL_PACKAGES)
+    if options.what == "load":
+        from mistral_nb import bench_load
+
+        return bench_load.run(options.size_gb, options.runs, options.json)
     from mistral_nb.bench import run
 
     return run(options.model, options.runs, options.json)
@@ -215,6 +189,16 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count: a whole number, 1 or more")
     return count
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0.25 <= size <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: gigabytes from 0.25 to 100")
+    return size
 
 
 def _seconds(text: str) -> float:

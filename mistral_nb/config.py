@@ -13,10 +13,10 @@ import hmac
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from mistral_nb.errors import ConfigurationError
 
@@ -33,12 +33,14 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cloudflare", "local")
+AskedPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+PRECISIONS: tuple[AskedPrecision, ...] = get_args(AskedPrecision)
 CLOUDFLARE_URL = "https://api.cloudflare.com/client/v4"
 USE_LOCAL = 'use the local engine: --backend local, in Python backend="local"'
 
 _FOLDERS = {"home": "MISTRAL_NB_HOME", "runtime_dir": "MISTRAL_NB_RUNTIME_DIR", "log_dir": "MISTRAL_NB_LOG_DIR"}
 
-Kind = Literal["backend", "text", "secret", "url", "bool", "seconds"]
+Kind = Literal["backend", "precision", "text", "tokens", "secret", "url", "bool", "seconds"]
 
 
 class Secret:
@@ -73,7 +75,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `variables` are read in this order; `seconds` are bounded by `minimum` and `maximum`."""
+    """One setting. `variables` are read in this order; numbers are bounded by `minimum` and `maximum`."""
 
     name: str
     kind: Kind
@@ -87,6 +89,22 @@ class Setting:
 SETTINGS: tuple[Setting, ...] = (
     Setting("backend", "backend", f"Who answers: {', '.join(BACKENDS)}.", "auto", ("MISTRAL_NB_BACKEND",)),
     Setting("model", "text", "The model; unset is the backend's own choice.", None, ("MISTRAL_NB_MODEL",)),
+    Setting(
+        "precision",
+        "precision",
+        f"What the local engine computes in: {', '.join(PRECISIONS)}. Takes effect when an engine starts.",
+        "auto",
+        ("MISTRAL_NB_PRECISION",),
+    ),
+    Setting(
+        "context",
+        "tokens",
+        "Tokens of context in the local engine; unset is all that the model has. Takes effect when an engine starts.",
+        None,
+        ("MISTRAL_NB_CONTEXT",),
+        minimum=1,
+        maximum=1 << 24,
+    ),
     Setting(
         "idle_timeout",
         "seconds",
@@ -148,6 +166,8 @@ class Settings:
 
     backend: str = "auto"
     model: str | None = None
+    precision: AskedPrecision = "auto"
+    context: int | None = None
     idle_timeout: float = 1800.0
     connect_timeout: float = 10.0
     first_token_timeout: float = 300.0
@@ -251,6 +271,10 @@ def _checked(setting: Setting, value: Any, origin: str) -> Any:
     match setting.kind:
         case "backend":
             return check_backend(value, origin)
+        case "precision":
+            return _choice(value, origin, "precision", PRECISIONS)
+        case "tokens":
+            return _tokens(setting, value, origin)
         case "bool":
             return _switch(value, origin)
         case "seconds":
@@ -272,11 +296,25 @@ def _secret(value: Any, origin: str) -> Secret:
 
 def check_backend(name: Any, origin: str) -> str:
     """`name` if it is a backend's, else `ConfigurationError` listing them."""
-    if name in BACKENDS:
+    return _choice(name, origin, "backend", BACKENDS)
+
+
+def _choice(name: Any, origin: str, what: str, choices: Sequence[str]) -> str:
+    if name in choices:
         return str(name)
-    near = difflib.get_close_matches(str(name).lower(), BACKENDS, n=1)
+    near = difflib.get_close_matches(str(name).lower(), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigurationError(f"{origin} = {name!r}: no such backend. {hint}There are {', '.join(BACKENDS)}")
+    raise ConfigurationError(f"{origin} = {name!r}: no such {what}. {hint}There are {', '.join(choices)}")
+
+
+def _tokens(setting: Setting, value: Any, origin: str) -> int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    number = value if whole else int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else 0
+    if not setting.minimum <= number <= setting.maximum:
+        raise ConfigurationError(
+            f"{origin} = {value!r}: must be a whole number of tokens from {setting.minimum:g} to {int(setting.maximum)}"
+        )
+    return int(number)
 
 
 def _switch(value: Any, origin: str) -> bool:

@@ -18,6 +18,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode, read
 
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.progress import for_terminal, has_bar, step_of
 
 __all__ = ["run"]
 
@@ -43,7 +44,7 @@ class Screen:
 
     def show(self, display: str | None, text: str) -> None:
         """The display's whole text so far. Space at its ends waits for what comes after it."""
-        text = text.strip()
+        text = self._fitted(text.strip())
         before = self._shown.get(display, "") if self._live == display else ""
         if before and not text.startswith(before):
             self._restart(before)
@@ -54,6 +55,12 @@ class Screen:
         self._out.flush()
         self._shown[display] = text
         self._live = display
+
+    def _fitted(self, text: str) -> str:
+        """A bar in one line of a terminal; anywhere else its step alone, which is written once."""
+        if not has_bar(text):
+            return text
+        return for_terminal(text, self._out) if self._out.isatty() else step_of(text)
 
     def _restart(self, before: str) -> None:
         """Take back one line on a terminal; anywhere else go on in a new one."""

@@ -52,13 +52,18 @@ _children: dict[tuple[int, float], Child] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """What an engine says of itself. `active` requests are under way; `context` is in tokens, None while it loads."""
+    """What an engine says of itself. `active` requests are under way; `context` is in tokens, None while it loads.
+
+    `loaded` of `to_load` are bytes of weights, None where nobody knows yet.
+    """
 
     protocol: int
     version: str
     state: str
     model: str
     error: str = ""
+    loaded: int = 0
+    to_load: int | None = None
     serve_as: tuple[str, ...] = ()
     device: str = ""
     precision: str = ""

@@ -100,7 +100,7 @@ class UnknownModel(ModelError):
 
 
 class PullError(ModelError):
-    """Fetching a model failed; nothing half-done is left behind."""
+    """Fetching a model failed; nothing half-done is to be found, and the next pull goes on with what was fetched."""
 
 
 class BackendError(MistralError):

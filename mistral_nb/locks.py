@@ -23,15 +23,17 @@ class StartLock:
         self._handle: int | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lock if nobody holds it. `OSError` where its file cannot be written."""
+        """Take the lock if nobody holds it. `OSError` where its file cannot be written, or the disk knows no locks."""
         if self._handle is not None:
             return False
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _lock(handle):
-            os.close(handle)
-            return False
-        self._handle = handle
-        return True
+        try:
+            if _lock(handle):
+                self._handle = handle
+        finally:
+            if self._handle is None:
+                os.close(handle)
+        return self._handle is not None
 
     def acquire(self, cancelled: Callable[[], bool] = lambda: False) -> bool:
         """Wait for the lock. False, without it, as soon as `cancelled()` is true."""

@@ -1,4 +1,4 @@
-"""Models, engines and settings as plain text tables, for the terminal and for `%mistral status`."""
+"""Engines and settings as plain text tables, for the terminal and for `%mistral status`."""
 
 from __future__ import annotations
 
@@ -8,32 +8,27 @@ from mistral_nb.backends import resolve
 from mistral_nb.config import SETTINGS, Secret, Settings, config_path
 from mistral_nb.engine_control import EngineStatus, status
 from mistral_nb.errors import MistralError
-from mistral_nb.models import KNOWN, installed, store_path
+from mistral_nb.model_report import models_summary
+from mistral_nb.models import store_path
+from mistral_nb.progress import duration
 from mistral_nb.runtime import runtime_dir
+from mistral_nb.tables import indent, table
 
-__all__ = ["engines_table", "models_table", "status_report"]
+__all__ = ["engines_table", "status_report"]
 
 
 def status_report(settings: Settings) -> str:
-    """Who would answer and why, which engines run, and the settings with where each was set. Starts nothing."""
+    """Who would answer and why, which engines run, which models are here, and the settings with where each was set.
+
+    Starts nothing.
+    """
     sections = (
         ("Who answers", _selection(settings)),
         ("Engines", _engines(settings)),
+        ("Models", models_summary()),
         ("Settings", _settings(settings)),
     )
-    return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in sections)
-
-
-def models_table() -> str:
-    """The known models and the installed ones."""
-    here = {model.name: model for model in installed()}
-    titles = {model.name: f"{model.title}, {model.licence}" for model in KNOWN}
-    aliases = {model.name: ", ".join(model.aliases) for model in KNOWN}
-    rows = [("MODEL", "ALIASES", "INSTALLED", "ABOUT")]
-    for name in [*titles, *(name for name in here if name not in titles)]:
-        size = f"{here[name].bytes / 1e6:.0f} MB" if name in here else "no"
-        rows.append((name, aliases.get(name, ""), size, titles.get(name) or here[name].title))
-    return f"{_table(rows)}\nStore: {store_path()}"
+    return "\n\n".join(f"{title}\n{indent(text)}" for title, text in sections)
 
 
 def engines_table(engines: Sequence[EngineStatus]) -> str:
@@ -48,14 +43,14 @@ def engines_table(engines: Sequence[EngineStatus]) -> str:
             told: tuple[str, ...] = ("silent", "", "", "", "")
             notes.append(f"{record.model} does not respond; end it with: mistral-nb stop --force")
         else:
-            told = (health.state, health.where, str(health.active), str(health.served), _duration(health.uptime_s))
+            told = (health.state, health.where, str(health.active), str(health.served), duration(health.uptime_s))
         if health and health.error:
             notes.append(f"{record.model}: {health.error}")
         rows.append((record.model, *told, str(record.pid), record.base_url))
         if health and health.kernels:
             notes.append(f"Kernels of {record.model}: {health.kernels}")
         notes.append(f"Log of {record.model}: {record.log}")
-    return "\n".join([_table(rows), *notes])
+    return "\n".join([table(rows), *notes])
 
 
 def _selection(settings: Settings) -> str:
@@ -83,7 +78,7 @@ def _settings(settings: Settings) -> str:
         shown = "set" if isinstance(value, Secret) else "not set" if value is None else str(value)
         rows.append((setting.name, shown, f"({settings.source(setting.name)})"))
     folders = [("file", str(config_path())), ("models", str(store_path())), ("runtime", _runtime_dir())]
-    return f"{_table(rows)}\n{_table(folders)}"
+    return f"{table(rows)}\n{table(folders)}"
 
 
 def _runtime_dir() -> str:
@@ -91,19 +86,3 @@ def _runtime_dir() -> str:
         return str(runtime_dir())
     except MistralError as error:
         return str(error)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in cells)
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

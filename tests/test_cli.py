@@ -1,8 +1,10 @@
-"""The command `mistral-nb`: what it prints and how it ends. Commands that need a running engine: tests/server."""
+"""The command `mistral-nb`: what it prints and how it ends. The store's commands have a file of their own.
+
+Commands that need a running engine: tests/server.
+"""
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -12,8 +14,9 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from mistral_nb import __version__, models
-from mistral_nb.cli import _Bar, main
+from mistral_nb import __version__
+from mistral_nb.cli import main
+from tests.models.tiny_repos import sharded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +37,9 @@ def test_version() -> None:
     [
         ([], "COMMAND"),
         (["pull"], "model"),
+        (["pull", "a", "b"], "unrecognized arguments: b"),
+        (["show"], "model"),
+        (["rm"], "model"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["serve", "--port", "65536"], "'65536' is not a port: a whole number from 0 to 65535"),
         (["serve", "--port", "-1"], "'-1' is not a port"),
@@ -49,7 +55,7 @@ def test_bad_usage(arguments: list[str], expected: str, capsys: pytest.CaptureFi
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "pull", "models", "status", "stop", "bench", "demo"])
+@pytest.mark.parametrize("command", ["serve", "pull", "list", "show", "rm", "status", "stop", "bench", "demo"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -60,30 +66,12 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert re.search(r"^\w.*\.$", shown, re.MULTILINE), "a sentence says what it does"
 
 
-def test_models_tells_what_is_known_and_what_is_here(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path))
-    own = tmp_path / "models" / "my-model"
-    own.mkdir(parents=True)
-    (own / "config.json").write_text("{}" * 1_000_000)
-    for name in ("tokenizer.json", "model.safetensors"):
-        (own / name).write_text("")
-    assert main(["models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert {model.name for model in models.KNOWN} | {"my-model"} <= {line.split()[0] for line in lines}
-    assert next(line for line in lines if line.startswith("my-model")).split()[1:3] == ["2", "MB"]
-    assert str(tmp_path) in lines[-1]
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["serve", "--model", "embeded"], "did you mean 'embedded'"),
         (["serve"], "run: mistral-nb pull embedded"),
-        (["serve", "--model", "{folder}"], "config.json"),
-        (["pull", "nonsense"], "Known are"),
-        (["pull", "mistral-7b"], "place a checkpoint"),
+        (["serve", "--model", "{folder}"], "holds no weights"),
         (["stop", "nonsense"], "Known are"),
     ],
 )
@@ -127,8 +115,8 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (checkpoint / name).write_text("{}")
+    for name, content in sharded(1).items():
+        (checkpoint / name).write_bytes(content)
     done = run("serve", "--model", str(checkpoint), MISTRAL_NB_LOG_DIR=str(tmp_path / "file" / "logs"))
     assert done.returncode == 1
     assert f"{tmp_path}/file/logs cannot be written" in done.stderr
@@ -150,32 +138,3 @@ def test_without_its_packages_a_command_tells_how_to_install_them(
     assert done.stderr.endswith(f': pip install "mistral-nb[{extra}]"\n')
     assert package in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_the_bar_is_redrawn_on_a_terminal_only() -> None:
-    pty = pytest.importorskip("pty")
-    reader, writer = pty.openpty()
-    with open(writer, "w") as terminal:
-        bar = _Bar(terminal)
-        for done in (0, 46_435_520, 46_435_521, 92_871_040):
-            bar.show("Downloading", done, 92_871_040)
-        bar.show("Checking", 0, None)
-        bar.close()
-        data = b""
-        while not data.endswith(b"\n"):
-            data += os.read(reader, 10_000)
-        shown = data.decode()
-    os.close(reader)
-    lines = shown.removesuffix("\r\n").split("\r")[1:]
-    assert len(lines) == 4, "a line that did not change is not written again"
-    assert lines[1].startswith(f"Downloading  [{'#' * 15}{' ' * 15}]  50%  46 of 93 MB")
-    assert len(lines[3]) == len(lines[2]), "the longer line before is painted over"
-    assert lines[3].rstrip() == "Checking"
-
-    file = io.StringIO()
-    bar = _Bar(file)
-    for done in (0, 1000, 2000):
-        bar.show("Downloading", done, 3000)
-    bar.show("Checking", 0, None)
-    bar.close()
-    assert file.getvalue() == "Downloading\nChecking\n"

@@ -60,7 +60,7 @@ def test_an_empty_value_is_unset(unset: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = {"backend": "local", "bool": "true", "seconds": "12.5"}
+    samples = {"backend": "local", "precision": "fp32", "tokens": "4096", "bool": "true", "seconds": "12.5"}
     for setting in SETTINGS:
         for variable in setting.variables:
             with monkeypatch.context() as patch:
@@ -68,6 +68,19 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
                 settings = load_settings()
             assert getattr(settings, setting.name) != setting.default
             assert settings.source(setting.name) == variable
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", True, 0, 1 << 25, 4096.0])
+def test_a_context_is_a_number_of_tokens(value: Any) -> None:
+    assert refused({"context": value}).endswith("must be a whole number of tokens from 1 to 16777216")
+
+
+def test_a_context_may_come_as_text_or_number() -> None:
+    assert [load_settings({"context": value}).context for value in (4096, "4096")] == [4096, 4096]
+
+
+def test_an_unknown_precision_is_refused_with_the_nearest() -> None:
+    assert "no such precision. did you mean 'int8'? There are auto, fp32" in refused({"precision": "int4"})
 
 
 def test_the_official_name_of_the_token_wins(monkeypatch: pytest.MonkeyPatch) -> None:

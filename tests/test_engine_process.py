@@ -360,7 +360,7 @@ def test_closing_while_the_model_is_pulled_leaves_nothing(alone: Path, monkeypat
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("CLOUDFLARE_API_TOKEN", "t0ken-for-nobody-else")
     stream = local().stream(SHORT)
-    until(stream, "Pulling the embedded model: downloading")
+    until(stream, "Pulling the embedded model: Downloading")
     assert index.asked.wait(PATIENCE)
     seen = [Path(f"/proc/{pid}/environ").read_bytes() for pid in children(os.getpid())]
     assert any(b"PIP_INDEX_URL" in environment for environment in seen)

@@ -58,7 +58,7 @@ def rope_table(positions: int, d: int, theta: float, device: torch.device | str 
     inverse = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), inverse)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos(), angles.sin_()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,10 +112,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8, one scale a row: x [rows, in] -> (int8 [rows, in], fp32 [rows]), x ~ values * scale[:, None]."""
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_min_(1e-12).mul_(1 / INT8_MAX)
-    return (x / scale).round_().to(torch.int8), scale[:, 0]
+def quantize_int8(x: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, one scale a row: x [rows, in] -> (int8 [rows, in], fp32 [rows]), x ~ values * scale[:, None].
+
+    With `overwrite` an fp32 `x` is used for the quotients, which spares their memory.
+    """
+    largest = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg())
+    scale = largest.float().clamp_min_(1e-12).mul_(1 / INT8_MAX)
+    quotients = x.div_(scale) if overwrite else x / scale
+    return quotients.round_().to(torch.int8), scale[:, 0]
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

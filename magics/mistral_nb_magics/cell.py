@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["Mistral"]
 
 T = TypeVar("T")
+
+_CLEARING_UP = 2.0
+"""Seconds that an interrupted pull gets to put away what it has."""
 
 MANUAL = f"""Ask Mistral-7B-Instruct, and watch the answer come.
 
@@ -134,8 +138,13 @@ class Mistral(Magics):
             self._shell.user_ns[call.out] = found
         print(_dry_run_report(found, call))
 
-    def _work(self, waiting: str, job: Callable[[Callable[[str], None]], T]) -> T:
-        """What `job(say)` returns, with the lines that it says shown meanwhile. An interrupt ends it."""
+    def _work(
+        self, waiting: str, job: Callable[[Callable[[str], None]], T], stopped: Callable[[], str] = lambda: ""
+    ) -> T:
+        """What `job(say)` returns, with the lines that it says shown meanwhile. An interrupt ends it.
+
+        `stopped` says what is left then.
+        """
         from mistral_nb.backends.pump import Emit, HungUp, Line, Pump
 
         done: list[T] = []
@@ -151,7 +160,10 @@ class Mistral(Magics):
         display = make_display(self._shell, Style(waiting=waiting))
         with Interrupts() as interrupts:
             error = follow(Pump(produce), display, interrupts)
-            display.conclude(mark_of(error))
+            if isinstance(error, KeyboardInterrupt):
+                display.conclude(": ".join(part for part in (mark_of(error), stopped()) if part))
+            else:
+                display.conclude("")
         if error:
             raise error
         return done[0]
@@ -161,12 +173,16 @@ class Mistral(Magics):
             case "last":
                 return self._show_last()
             case "pull":
-                self._pull(options.name)
+                self._pull(options)
             case "stop":
                 from mistral_nb.engine_control import stop
 
                 stopped = stop(self._settings(), options.model, options.force)
                 print(f"Stopped {', '.join(stopped)}." if stopped else "No engine is running.")
+            case "models":
+                from mistral_nb.model_report import model_report, models_table
+
+                print(model_report(options.model) if options.model else models_table())
             case "help":
                 print(_MAGIC.__doc__)
             case _:
@@ -174,23 +190,36 @@ class Mistral(Magics):
         return None
 
     def _report(self, name: str) -> str:
-        from mistral_nb.report import models_table, status_report
+        from mistral_nb.report import status_report
 
-        if name == "models":
-            return models_table()
         status = status_report(self._settings())
         return status if name == "status" else f"{status}\n\n{_MAGIC.__doc__}"
 
-    def _pull(self, model: str | None) -> None:
+    def _pull(self, options: Namespace) -> None:
+        model = options.model
         if model is None:
             raise UsageError("which model? Such as: %mistral pull embedded")
-        from mistral_nb.models import canonical, pull
+        from mistral_nb.model_report import kept_by_pull, pulled
+        from mistral_nb.models import pull
+        from mistral_nb.progress import Meter, Progress
+
+        meter, steps, ended = Meter(), set[str](), threading.Event()
 
         def job(say: Callable[[str], None]) -> Path:
-            return pull(model, lambda now: say(f"Pulling {model}: {now}"))
+            def show(now: Progress) -> None:
+                steps.add(now.step)
+                say(meter.line(now))
 
-        name = canonical(model)
-        print(f"{name} is in {self._work(f'Looking for {name}', job)}")
+            try:
+                return pull(model, show, revision=options.revision, store_name=options.name)
+            finally:
+                ended.set()
+
+        def stopped() -> str:
+            ended.wait(_CLEARING_UP)
+            return kept_by_pull(model, options.name)
+
+        print(pulled(self._work(f"Looking for {model}", job, stopped), done=bool(steps)))
 
     def _show_last(self) -> Result:
         if self.last is None:

@@ -26,12 +26,18 @@ def _parser(*options: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
 COMMANDS: dict[str, tuple[str, argparse.ArgumentParser]] = {
     "status": ("who would answer and why, the running engines, the settings", _parser()),
     "last": ("the last answer again", _parser()),
-    "models": ("the models that are known, and those that are installed", _parser()),
+    "models": (
+        "the models that are known, and those that are here; %mistral models NAME tells all about one",
+        _parser(("model", {"nargs": "?"})),
+    ),
     "stop": (
         "end the running engines; --model NAME ends one, --force also one that is answering",
         _parser(("--model", {}), ("--force", {"action": "store_true"})),
     ),
-    "pull": ("fetch a model into the store: %mistral pull embedded", _parser(("name", {"nargs": "?"}))),
+    "pull": (
+        "fetch a model into the store: a name, a Hugging Face id (--revision R), or a path (--name N)",
+        _parser(("model", {"nargs": "?"}), ("--revision", {}), ("--name", {})),
+    ),
     "help": ("this manual", _parser()),
 }
 """What each command does, and its options."""
@@ -40,9 +46,9 @@ COMMANDS: dict[str, tuple[str, argparse.ArgumentParser]] = {
 def find_command(line: str) -> tuple[str, argparse.Namespace] | None:
     """The command that a line is, with its options; None for a prompt.
 
-    A line is a command when its first word is a command's name and nothing but options comes after it (for `pull`, one
-    word), and always when an option comes right after it. An empty line is the command "". Raises `UsageError` for an
-    unknown option.
+    A line is a command when its first word is a command's name and nothing but options comes after it (for `pull` and
+    `models`, one word too), and always when an option comes right after it. An empty line is the command "". Raises
+    `UsageError` for an unknown option.
     """
     words = line.split()
     if not words:

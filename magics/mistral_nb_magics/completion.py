@@ -22,6 +22,7 @@ __all__ = ["add_completion", "candidates", "remove_completion"]
 _CELL = re.compile(r"\s*%%mistral(?!\S)")
 _LINE = re.compile(r"(?:^|.*=)\s*%mistral(?!\S)")
 _HOLE = re.compile(r"\{\{\s*((?:[^{}]*\.)?)(\w*)$")
+_BEFORE_A_MODEL = (["pull"], ["models"])
 _NAMED = ("--messages", "--functions", "--out", "-o")
 
 
@@ -57,7 +58,7 @@ def _words(
         return BACKENDS
     if last == "--format":
         return FORMATS
-    if last == "--model" or former == ["pull"]:
+    if last == "--model" or (former in _BEFORE_A_MODEL and not word.startswith("-")):
         return _models()
     if last in _NAMED:
         return _names("", namespace)
@@ -80,9 +81,10 @@ def _names(owner: str, namespace: Mapping[str, Any]) -> list[str]:
 
 
 def _models() -> list[str]:
+    """The names, aliases and hub ids of the known models, and the names of those that are here."""
     from mistral_nb.models import KNOWN, installed
 
-    names = {name for model in KNOWN for name in (model.name, *model.aliases)}
+    names = {name for model in KNOWN for name in (model.name, *model.aliases, model.hub_id)}
     return sorted(names | {model.name for model in installed()})
 
 

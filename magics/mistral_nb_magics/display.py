@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from IPython.core.displaypub import CapturingDisplayPublisher
 
 from mistral_nb.answer import Result
+from mistral_nb.progress import for_terminal, has_bar, status_line
 from mistral_nb.safe_markdown import literal, plain_text, safe_markdown
 from mistral_nb.types import Chunk
 from mistral_nb_magics.stream import Surface
@@ -139,7 +140,9 @@ class NotebookDisplay:
 
 
 def _status(text: str) -> Bundle:
-    return {"text/markdown": f"*{safe_markdown(text)} …*", "text/plain": f"{plain_text(text)} …"}
+    """A bar is plain text, which every front end shows in a font of one width; Markdown would slant it."""
+    plain = {"text/plain": status_line(plain_text(text))}
+    return plain if has_bar(text) else {"text/markdown": f"*{safe_markdown(text)} …*", **plain}
 
 
 def _preview(text: str, form: str) -> Bundle:
@@ -212,6 +215,7 @@ class TerminalDisplay:
         self._last = ""
         self._waiting = style.waiting
         self._next = time.monotonic() + PATIENCE
+        self._said = 0.0
 
     def add(self, chunk: Chunk) -> None:
         self._waiting = ""
@@ -219,7 +223,8 @@ class TerminalDisplay:
             self._wipe()
             self._write(plain_text(chunk.text))
         elif chunk.status and not self._last:
-            self._say(chunk.status)
+            self._waiting = chunk.status
+            self._next = self._said + INTERVAL
 
     def due(self) -> float | None:
         return self._next - time.monotonic() if self._waiting else None
@@ -247,8 +252,9 @@ class TerminalDisplay:
         self._last = text[-1:] or self._last
 
     def _say(self, status: str) -> None:
+        self._said = time.monotonic()
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{plain_text(status)} …")
+            sys.stderr.write(f"\r\x1b[K{for_terminal(status_line(plain_text(status)), sys.stderr)}")
             sys.stderr.flush()
             self._status = status
 

@@ -7,9 +7,6 @@ weights are in the store and an NVIDIA GPU is there; else the local engine with 
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -17,6 +14,7 @@ from mistral_nb.backends.base import Backend, ChunkStream, DryRun
 from mistral_nb.backends.local import Local
 from mistral_nb.backends.workers_ai import WorkersAI, cloudflare
 from mistral_nb.config import Settings, check_backend
+from mistral_nb.hardware import nvidia_gpus
 from mistral_nb.models import EMBEDDED, installed
 
 __all__ = ["Backend", "ChunkStream", "DryRun", "Local", "Selection", "WorkersAI", "nvidia_gpus", "resolve"]
@@ -87,23 +85,3 @@ def best_local(here: Collection[str], gpus: Callable[[], int]) -> tuple[str, str
     if not gpus():
         return EMBEDDED, "Mistral-7B is in the store but no NVIDIA GPU is here, so the embedded model answers"
     return weights, f"{weights} is in the store and an NVIDIA GPU is here"
-
-
-def nvidia_gpus() -> int:
-    """How many NVIDIA GPUs the driver shows to this process; 0 without a driver.
-
-    Asks NVML, not CUDA: a process that has initialised CUDA cannot fork workers that use it.
-    """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
-        return 0
-    try:
-        nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_uint(0)
-    if nvml.nvmlInit_v2() != 0:
-        return 0
-    try:
-        return count.value if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 else 0
-    finally:
-        nvml.nvmlShutdown()

@@ -29,7 +29,8 @@ from mistral_nb.engine_control import (
     retire,
 )
 from mistral_nb.errors import EngineBusy, EngineStartError, MissingDependency, UnknownModel
-from mistral_nb.models import EMBEDDED, Progress, find_known, locate, pull
+from mistral_nb.models import EMBEDDED, find_known, locate, pull
+from mistral_nb.progress import Meter, Progress
 from mistral_nb.runtime import EngineRecord
 
 __all__ = ["LOCAL_PACKAGES", "Running", "ensure", "find_served", "require_local", "served"]
@@ -130,8 +131,10 @@ def _usable(search: _Search) -> EngineRecord | None:
 def _have_weights(search: _Search) -> None:
     """Only the embedded model is pulled on its own."""
 
+    meter = Meter()
+
     def progress(now: Progress) -> None:
-        search.say(f"Pulling the embedded model: {now}")
+        search.say(f"Pulling the embedded model: {meter.line(now)}")
 
     if search.model == EMBEDDED:
         pull(search.model, progress, lambda: search.line.hung_up)
@@ -186,7 +189,8 @@ def _spawn(search: _Search, log: Path) -> Child:
     """The engine process in a session of its own: a signal to the notebook's process group does not reach it."""
     idle = f"{search.settings.idle_timeout:g}"
     command = [sys.executable, "-P", "-m", "mistral_nb", "serve", "--managed"]
-    command += ["--model", search.model, "--idle-timeout", idle]
+    command += ["--model", search.model, "--idle-timeout", idle, "--precision", search.settings.precision]
+    command += ["--context", str(search.settings.context)] if search.settings.context else []
     if sys.platform == "win32":
         apart = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
     else:
@@ -255,6 +259,7 @@ def _until_listening(search: _Search, child: Child, log: Path, start: int) -> En
 def _when_ready(search: _Search, record: EngineRecord) -> Running:
     """Wait for the model to be loaded, however long that takes, while the process says that it is loading."""
     deadline = time.monotonic() + _LISTEN_LIMIT
+    meter = Meter()
     while True:
         search.go_on()
         health = check(record, search.settings.connect_timeout)
@@ -263,7 +268,7 @@ def _when_ready(search: _Search, record: EngineRecord) -> Running:
         if health and health.state == "failed":
             raise _not_started(f"could not load {search.model} ({health.error})", record.log)
         if health and health.state != "stopping":
-            search.say("Loading the model")
+            search.say(_loading(meter, health))
             deadline = time.monotonic() + _LISTEN_LIMIT
         elif health or is_gone(record):
             other = _usable(search)
@@ -274,6 +279,11 @@ def _when_ready(search: _Search, record: EngineRecord) -> Running:
         elif time.monotonic() > deadline:
             raise _not_started(f"(process {record.pid}) does not respond", record.log)
         search.line.wait(_POLL)
+
+
+def _loading(meter: Meter, health: Health) -> str:
+    """`Loading the model`, with a bar once it is known how much there is to load."""
+    return meter.line(Progress("Loading the model", health.loaded, health.to_load))
 
 
 def _not_started(what: str, log: str | Path, start: int = 0) -> EngineStartError:

@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
-from mistral_nb.engine.weights import Precision
+from mistral_nb.checkpoints.memory import Precision
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.hardware import host_memory
 
 __all__ = ["available_cpus", "choose_device", "choose_precision", "free_memory"]
 
@@ -54,10 +55,8 @@ def _quota(cgroup: Path) -> float | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on `device`; None where the system does not tell."""
+    """Bytes that are free on `device`; None where the system does not tell. On the CPU page cache counts as free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+    memory = host_memory()
+    return memory.free if memory else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mistral_nb.engine.args import ModelArgs
+from mistral_nb.checkpoints.args import ModelArgs
 
 __all__ = ["KVCache"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mistral_nb_kernels as ops
-from mistral_nb.engine.args import ModelArgs
+from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.engine.kv_cache import KVCache
 
 __all__ = ["Cancelled", "FloatLinear", "Int8Linear", "Layer", "Linear", "Span", "Transformer", "Weights"]

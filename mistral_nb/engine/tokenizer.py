@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mistral_nb.checkpoints.tokenizer_files import speaks_mistral, template_source, tokenizer_file
 from mistral_nb.engine.chat_template import JinjaTemplate, any_of, split_at
 from mistral_nb.engine.detokenizer import Detokenizer
 from mistral_nb.engine.mistral_format import BEGIN_INST, BOS, EOS, Control, MistralFormat, Part
@@ -105,12 +106,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; `ModelError` when it has none or one that is not supported.
 
     A Mistral checkpoint takes v3 where its vocabulary has `[INST]` as a control token and v1 where it has not, from
-    whichever tokenizer file is there; one with a chat template of another kind takes that. Other checkpoints
-    take their `tokenizer.json` and chat template.
+    whichever tokenizer file is there; one with a chat template of another kind takes that, and so does one with a
+    byte-level vocabulary, with which Mistral writes its format otherwise. Other checkpoints take their
+    `tokenizer.json` and chat template.
     """
     settings = read_json(folder / "tokenizer_config.json")
-    source = _template_source(folder, settings)
-    mistral = _is_mistral(folder, source)
+    source = template_source(folder)
+    mistral = speaks_mistral(folder)
     vocabulary = _vocabulary(folder, mistral=mistral)
     specials = {name: text for name in _SPECIALS if (text := _text_of(settings.get(name))) is not None}
     begins_with = vocabulary.begins_with if settings.get("add_bos_token") is not False else None
@@ -128,38 +130,20 @@ def _mistral_format(folder: Path, vocabulary: Vocabulary) -> MistralFormat:
     return MistralFormat("v3" if BEGIN_INST.token in vocabulary.controls else "v1")
 
 
-def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
-    source = settings.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
-        source = named.get("default")
-    return source if isinstance(source, str) else None
-
-
-def _is_mistral(folder: Path, source: str | None) -> bool:
-    """Whether the checkpoint speaks Mistral's own format: a fine-tune may have brought another, such as ChatML."""
-    family = read_json(folder / "config.json").get("model_type") == "mistral"
-    return family and (source is None or ("[INST]" in source and "<<SYS>>" not in source))
-
-
 def _vocabulary(folder: Path, *, mistral: bool) -> Vocabulary:
-    """SentencePiece is the original for Mistral, and tokenizer.json for others."""
-    models = [folder / name for name in ("tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model")]
-    model = next((path for path in models if path.is_file()), None)
-    file = folder / "tokenizer.json"
-    if model and (mistral or not file.is_file()):
-        return SentencePieceVocabulary(model)
-    if file.is_file():
-        return JsonVocabulary(file, per_part=mistral)
-    if (folder / "tekken.json").is_file():
-        raise ModelError(f"{folder} has only a tekken tokenizer, which is not supported; its tokenizer.json would be")
-    raise ModelError(f"{folder} holds no tokenizer.json and no tokenizer.model; fetch the checkpoint again")
+    file = tokenizer_file(folder)
+    if file.suffix != ".json":
+        return SentencePieceVocabulary(file)
+    return JsonVocabulary(file, per_part=mistral, limit=_embeddings(folder))
+
+
+def _embeddings(folder: Path) -> int | None:
+    """How many token ids the model has embeddings for; None where the folder does not say."""
+    for name in ("config.json", "params.json"):
+        size = read_json(folder / name).get("vocab_size")
+        if isinstance(size, int):
+            return size
+    return None
 
 
 def _text_of(token: Any) -> str | None:

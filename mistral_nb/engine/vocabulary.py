@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import secrets
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 
+from mistral_nb.checkpoints.untrusted import TOKENIZER_LIMIT, quoted, read_object
+from mistral_nb.checkpoints.vocabulary import has_sign
 from mistral_nb.engine.detokenizer import SPACE, Errors, Piece
 from mistral_nb.engine.mistral_format import Control, Part
 from mistral_nb.errors import MissingDependency, ModelError
@@ -48,15 +49,7 @@ class Vocabulary(Protocol):
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file, `ModelError` where it holds something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); {_ADVICE}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} holds no JSON object; {_ADVICE}")
-    return data
+    return read_object(path, TOKENIZER_LIMIT) if path.exists() else {}
 
 
 class SentencePieceVocabulary:
@@ -76,7 +69,7 @@ class SentencePieceVocabulary:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise ModelError(f"{path} is no SentencePiece model ({error}); {_ADVICE}") from error
+            raise ModelError(f"{path} is no SentencePiece model ({quoted(error)}); {_ADVICE}") from error
         self.size = self._model.vocab_size()
         every = range(self.size)
         self.controls = {self._model.id_to_piece(token): token for token in every if self._model.is_control(token)}
@@ -110,17 +103,19 @@ class JsonVocabulary:
     merges that would make one from text are left out. A prompt whose control tokens go by these names is then encoded
     in one call, exactly as transformers does it, and the token's usual text is text like any other.
 
-    `per_part`: encode each text part by itself and begin it with a space, as SentencePiece does for Mistral.
+    `per_part`: encode each text part by itself and begin it with a space, as SentencePiece does for Mistral. Tokens
+    from the id `limit` on, for which the model has no embeddings, are left out.
     """
 
-    def __init__(self, path: Path, *, per_part: bool) -> None:
+    def __init__(self, path: Path, *, per_part: bool, limit: int | None = None) -> None:
         data = read_json(path)
         try:
             _check_model(data, path)
+            data = data if limit is None else _within(data, limit)
             added = data.get("added_tokens") or []
             special = {int(token["id"]) for token in added if token["special"]}
             self.controls = {
-                token["content"]: int(token["id"]) for token in added if token["special"] or _has_sign(token["content"])
+                token["content"]: int(token["id"]) for token in added if token["special"] or has_sign(token["content"])
             }
             nonce = f"{secrets.randbelow(10**24):024}"
             self._names = {text: f"\ue000{nonce}{token}\ue001" for text, token in self.controls.items()}
@@ -128,10 +123,10 @@ class JsonVocabulary:
             self._unknown = self.controls.get(data["model"].get("unk_token") or "")
             self._tokenizer = _build(_renamed(data, self._names, per_part))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ModelError(f"{path} is no tokenizer file ({error!r}); {_ADVICE}") from error
+            raise ModelError(f"{path} is no tokenizer file ({quoted(repr(error))}); {_ADVICE}") from error
         moved = [text for text, name in self._names.items() if self._tokenizer.token_to_id(name) != self.controls[text]]
         if moved:
-            raise ModelError(f"{path} gives {moved[0]} an id that the tokenizer cannot keep; {_ADVICE}")
+            raise ModelError(f"{path} gives {quoted(moved[0])} an id that the tokenizer cannot keep; {_ADVICE}")
         self.size = self._tokenizer.get_vocab_size()
         self.per_part = per_part
         self.drop_space = per_part or _drops_space(data["decoder"])
@@ -179,14 +174,9 @@ def _build(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _check_model(data: Mapping[str, Any], path: Path) -> None:
     if data["model"]["type"] != "BPE":
-        raise ModelError(f"{path} holds a {data['model']['type']} model; supported is BPE")
+        raise ModelError(f"{path} holds a {quoted(data['model']['type'])} model; supported is BPE")
     if not _types(data.get("decoder")) & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise ModelError(f"{path} has a decoder that is not known here; supported are byte-level and SentencePiece's")
-
-
-def _has_sign(text: str) -> bool:
-    """Whether `text` holds punctuation or a symbol, SentencePiece's mark for a space aside."""
-    return any(unicodedata.category(character)[0] in "PS" for character in text.replace(SPACE, ""))
 
 
 def _types(component: Any) -> set[str]:
@@ -223,6 +213,18 @@ def _renamed(data: Mapping[str, Any], names: Mapping[str, str], per_part: bool) 
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         renamed |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, spaces]}, "pre_tokenizer": None}
     return renamed
+
+
+def _within(data: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """The same tokenizer without the tokens from the id `limit` on."""
+    model = data["model"]
+    vocab = {text: token for text, token in model["vocab"].items() if token < limit}
+    added = [token for token in data.get("added_tokens") or [] if token["id"] < limit]
+    if len(vocab) == len(model["vocab"]):
+        return {**data, "added_tokens": added}
+    pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    merges = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
+    return {**data, "added_tokens": added, "model": {**model, "vocab": vocab, "merges": merges}}
 
 
 def _added(token: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any]:

@@ -1,130 +1,161 @@
-"""Checkpoint files to packed device tensors: names translated, matrices stacked and quantised as they are read."""
+"""A checkpoint's tensors into the form that the model runs: stacked, in its precision, in half-split RoPE order."""
 
 from __future__ import annotations
 
-import json
+import logging
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import mistral_nb_kernels as ops
-from mistral_nb.engine.args import ModelArgs
+from mistral_nb.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mistral_nb.checkpoints.memory import Precision
+from mistral_nb.engine.arena import Arena
 from mistral_nb.engine.model import FloatLinear, Int8Linear, Layer, Linear, Weights
+from mistral_nb.engine.reading import DTYPES, Part, read_parts
 from mistral_nb.errors import ModelError
 
-__all__ = ["Precision", "load_weights"]
+__all__ = ["load_weights"]
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
-DTYPES: dict[Precision, torch.dtype] = {
+log = logging.getLogger(__name__)
+
+PLAIN: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "int8": torch.float32,
 }
+"""What embeddings and norms are kept in, and matrices where they are not int8."""
+
+Put = Callable[[int, Tensor], None]
+Progress = Callable[[int, int], None]
 
 
-class Checkpoint:
-    """The tensors of a folder of safetensors files by name; each is read when it is asked for."""
+def load_weights(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    device: torch.device,
+    progress: Progress = lambda done, total: None,
+    *,
+    threads: int = 2,
+) -> Weights:
+    """Read the tensors of a checkpoint with so many threads; beside the weights this takes a few MB for each.
 
-    def __init__(self, folder: Path) -> None:
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
-        try:
-            for path in sorted(self._paths(folder)):
-                file = self._open.enter_context(safe_open(path, framework="pt"))
-                self._files.update(dict.fromkeys(file.keys(), file))
-        except (SafetensorError, OSError) as error:
-            self.close()
-            raise ModelError(f"{path} cannot be read ({error}); fetch the checkpoint again") from error
-
-    @staticmethod
-    def _paths(folder: Path) -> set[Path]:
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            path = folder / "model.safetensors"
-            if not path.is_file():
-                raise ModelError(f"{folder} holds no model.safetensors; give a Hugging Face checkpoint folder")
-            return {path}
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is not a valid index; fetch the checkpoint again") from error
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(f"{index} points outside its folder, to {name!r}; fetch the checkpoint again")
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder} lacks the shard {name}; fetch the checkpoint again")
-        return {folder / name for name in names}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor `name`, which must have `shape`."""
-        if name not in self._files:
-            raise ModelError(f"the checkpoint lacks the tensor {name}; fetch it again")
-        tensor: Tensor = self._files[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"the tensor {name} is {list(tensor.shape)}; the config asks for {list(shape)}")
-        if not tensor.is_floating_point():
-            raise ModelError(f"the tensor {name} is {tensor.dtype}; quantised checkpoints are not supported")
-        return tensor
-
-    def close(self) -> None:
-        self._open.close()
+    `int8` keeps one scale per output row, and all that is no matrix in fp32. `progress` gets bytes read and bytes in
+    all, and ends the work by raising. Raises `ModelError` when a file cannot be read or was changed meanwhile.
+    """
+    began = time.perf_counter()
+    plan = _Plan(checkpoint, precision, device)
+    layers = tuple(plan.layer(f"layers.{index}.") for index in range(checkpoint.args.n_layers))
+    embeddings, output = plan.embeddings_and_output()
+    weights = Weights(embeddings, layers, plan.vector("norm.weight"), output)
+    read_parts(plan.parts, progress, threads=threads, pinned=device.type == "cuda")
+    checkpoint.check_unchanged()
+    seconds = time.perf_counter() - began
+    size = checkpoint.bytes / 1e9
+    log.info("read %.2f GB in %.2f s (%.1f GB/s), as %s", size, seconds, size / seconds, precision)
+    return weights
 
 
-def load_weights(folder: Path, args: ModelArgs, precision: Precision, device: torch.device) -> Weights:
-    """Read a Hugging Face folder; `int8` keeps one scale per output row, and fp32 activations. Errors: `ModelError`."""
-    dtype = DTYPES[precision]
-    checkpoint = Checkpoint(folder)
+class _Plan:
+    """Places for the weights, and in `parts` what is to be read into them."""
 
-    def vector(name: str, size: int) -> Tensor:
-        return checkpoint.take(name, size).to(device, dtype)
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, device: torch.device) -> None:
+        self.parts: list[Part] = []
+        self._checkpoint = checkpoint
+        self._int8 = precision == "int8"
+        self._dtype = PLAIN[precision]
+        self._device = device
+        self._arena = Arena(device)
 
-    def matrix(*parts: tuple[str, int], inputs: int) -> Linear:
-        stacked = torch.cat([checkpoint.take(name, outputs, inputs) for name, outputs in parts])
-        return pack(stacked, precision, device)
+    def vector(self, name: str) -> Tensor:
+        info = self._checkpoint.tensors[name]
+        place = self._arena.tensor(info.shape, self._dtype)
+        self._read(info, place.view(1, -1))
+        return place
 
-    try:
-        layers = tuple(_layer(f"model.layers.{i}.", args, vector, matrix) for i in range(args.n_layers))
-        embeddings = checkpoint.take("model.embed_tokens.weight", args.vocab_size, args.dim).to(device, dtype)
-        if args.tied_embeddings:
-            output = pack(embeddings, precision, device)
+    def layer(self, prefix: str) -> Layer:
+        return Layer(
+            attention_norm=self.vector(prefix + "attention_norm.weight"),
+            wqkv=self._matrix(*(f"{prefix}attention.{name}.weight" for name in ("wq", "wk", "wv"))),
+            wo=self._matrix(prefix + "attention.wo.weight"),
+            ffn_norm=self.vector(prefix + "ffn_norm.weight"),
+            w13=self._matrix(*(f"{prefix}feed_forward.{name}.weight" for name in ("w1", "w3"))),
+            w2=self._matrix(prefix + "feed_forward.w2.weight"),
+        )
+
+    def embeddings_and_output(self) -> tuple[Tensor, Linear]:
+        """Tied ones share their memory; in int8, where they cannot, both are made of one reading."""
+        info = self._checkpoint.tensors["tok_embeddings.weight"]
+        embeddings = self._arena.tensor(info.shape, self._dtype)
+        if not self._checkpoint.args.tied_embeddings:
+            self._read(info, embeddings)
+            return embeddings, self._matrix("output.weight")
+        if not self._int8:
+            self._read(info, embeddings)
+            return embeddings, FloatLinear(embeddings)
+        output = self._int8_matrix(*info.shape)
+        plain, quantised = _rows_into(embeddings), _quantised_into(output)
+
+        def put(first: int, rows: Tensor) -> None:
+            plain(first, rows)
+            quantised(first, rows)
+
+        self.parts.append(Part(info, put))
+        return embeddings, output
+
+    def _matrix(self, *names: str) -> Linear:
+        """The tensors of these names, one below the other."""
+        infos = [self._checkpoint.tensors[name] for name in names]
+        shape = sum(info.shape[0] for info in infos), infos[0].shape[1]
+        matrix = self._int8_matrix(*shape) if self._int8 else FloatLinear(self._arena.tensor(shape, self._dtype))
+        start = 0
+        for name, info in zip(names, infos, strict=True):
+            rows = slice(start, start + info.shape[0])
+            interleaved = self._checkpoint.interleaved and name.endswith(("wq.weight", "wk.weight"))
+            if isinstance(matrix, FloatLinear):
+                self._read(info, matrix.weight[rows], interleaved=interleaved)
+            else:
+                self._add(info, _quantised_into(Int8Linear(matrix.weight[rows], matrix.scale[rows])), interleaved)
+            start = rows.stop
+        return matrix
+
+    def _int8_matrix(self, outputs: int, inputs: int) -> Int8Linear:
+        if inputs % 32:
+            raise ModelError(f"int8 needs matrices with a multiple of 32 inputs, not {inputs}; choose fp32")
+        values = self._arena.tensor((outputs, inputs), torch.int8)
+        return Int8Linear(values, self._arena.tensor((outputs,), torch.float32))
+
+    def _read(self, info: TensorInfo, place: Tensor, *, interleaved: bool = False) -> None:
+        as_it_is = self._device.type == "cpu" and DTYPES[info.dtype] == place.dtype and not interleaved
+        self._add(info, _rows_into(place), interleaved, place if as_it_is else None)
+
+    def _add(self, info: TensorInfo, put: Put, interleaved: bool, direct: Tensor | None = None) -> None:
+        head_dim = self._checkpoint.args.head_dim
+        if interleaved:
+            self.parts.append(Part(info, lambda first, rows: put(first, _half_split(rows, head_dim)), step=head_dim))
         else:
-            output = matrix(("lm_head.weight", args.vocab_size), inputs=args.dim)
-        return Weights(embeddings, layers, vector("model.norm.weight", args.dim), output)
-    finally:
-        checkpoint.close()
+            self.parts.append(Part(info, put, direct))
 
 
-def _layer(prefix: str, args: ModelArgs, vector: Callable[[str, int], Tensor], matrix: Callable[..., Linear]) -> Layer:
-    q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    return Layer(
-        attention_norm=vector(prefix + "input_layernorm.weight", args.dim),
-        wqkv=matrix(
-            (attention + "q_proj.weight", q_dim),
-            (attention + "k_proj.weight", kv_dim),
-            (attention + "v_proj.weight", kv_dim),
-            inputs=args.dim,
-        ),
-        wo=matrix((attention + "o_proj.weight", args.dim), inputs=q_dim),
-        ffn_norm=vector(prefix + "post_attention_layernorm.weight", args.dim),
-        w13=matrix(
-            (mlp + "gate_proj.weight", args.hidden_dim), (mlp + "up_proj.weight", args.hidden_dim), inputs=args.dim
-        ),
-        w2=matrix((mlp + "down_proj.weight", args.dim), inputs=args.hidden_dim),
-    )
+def _rows_into(place: Tensor) -> Put:
+    def put(first: int, rows: Tensor) -> None:
+        place[first : first + len(rows)].copy_(rows.to(place.device))
+
+    return put
 
 
-def pack(weight: Tensor, precision: Precision, device: torch.device) -> Linear:
-    """A matrix [out, in] in `precision` on `device`."""
-    if precision == "int8":
-        if weight.shape[1] % 32:
-            raise ModelError(f"int8 needs matrices with a multiple of 32 inputs, not {weight.shape[1]}; choose fp32")
-        values, scale = ops.quantize_int8(weight.to(device, torch.float32))
-        return Int8Linear(values, scale)
-    return FloatLinear(weight.to(device, DTYPES[precision]))
+def _quantised_into(place: Int8Linear) -> Put:
+    def put(first: int, rows: Tensor) -> None:
+        values, scale = ops.quantize_int8(rows.to(place.weight.device, torch.float32), overwrite=True)
+        place.weight[first : first + len(rows)] = values
+        place.scale[first : first + len(rows)] = scale
+
+    return put
+
+
+def _half_split(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of whole heads [heads * head_dim, in], whose rotated pairs are neighbours, with a pair's halves apart."""
+    return rows.view(-1, head_dim // 2, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)

@@ -30,6 +30,9 @@ class Holder:
         self.served = 0
         """Requests that were answered, if only in part; refused ones do not count."""
         self.model: Model | None = None
+        self.loaded = 0
+        self.to_load: int | None = None
+        """Bytes of weights in memory so far, and in all; None until the checkpoint has been opened."""
         self._load = load
         self._log_file = log_file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mistral-nb load")
@@ -59,6 +62,10 @@ class Holder:
         """Start loading."""
         self._loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load)
         self._loading.add_done_callback(self._loaded)
+
+    def progress(self, done: int, total: int) -> None:
+        """Take down how far loading is. Called by the loading thread."""
+        self.loaded, self.to_load = done, total
 
     def _loaded(self, loading: asyncio.Future[Model]) -> None:
         error = loading.exception()

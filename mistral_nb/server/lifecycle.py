@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 
 from mistral_nb import __version__, runtime
+from mistral_nb.config import AskedPrecision
 from mistral_nb.errors import ConfigurationError, EngineStartError
 from mistral_nb.models import find_known
+from mistral_nb.progress import Bar, Progress
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.server.app import create_app
 from mistral_nb.server.generation import Model
@@ -45,7 +48,8 @@ _MAX_LOG = 1 << 20
 class ServeOptions:
     """What to serve, and how.
 
-    `model` is a store name or an absolute path, `folder` its checkpoint; `idle_timeout` in seconds, 0 for never;
+    `model` is a store name or an absolute path, `folder` its checkpoint; `context` in tokens, None for all that the
+    model has; `idle_timeout` in seconds, 0 for never;
     `managed` for a process that a notebook started: it writes to its log only, and no terminal signal reaches it.
     """
 
@@ -54,6 +58,9 @@ class ServeOptions:
     serve_as: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: AskedPrecision = "auto"
+    context: int | None = None
     idle_timeout: float = 1800.0
     managed: bool = False
 
@@ -144,11 +151,21 @@ class EngineProcess:
         from mistral_nb.engine import Engine
         from mistral_nb.engine.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(self._options.folder)
-        return Model(Engine.load(self._options.folder), tokenizer)
+        options = self._options
+        tokenizer = load_tokenizer(options.folder)
+        engine = Engine.load(
+            options.folder,
+            device=options.device,
+            precision=options.precision,
+            context=options.context,
+            progress=self.holder.progress,
+        )
+        return Model(engine, tokenizer)
 
     async def _announce(self, started: float) -> None:
         """Say in the log, and on a terminal, that the model is there."""
+        if not self._options.managed and sys.stderr.isatty():
+            await self._show_loading()
         await self.holder.settled()
         model = self.holder.model
         if self.holder.state == "failed":
@@ -162,6 +179,14 @@ class EngineProcess:
         log.info("ready after %.1f s: %s", seconds, what)
         if not self._options.managed:
             print(_how_to_call(self._options, self._record), flush=True)
+
+    async def _show_loading(self) -> None:
+        """A bar on the terminal until the model is there."""
+        bar, holder = Bar(sys.stderr), self.holder
+        while holder.state == "loading":
+            bar.show(Progress("Loading", holder.loaded, holder.to_load))
+            await asyncio.sleep(_TICK)
+        bar.close()
 
     async def _watch(self) -> None:
         """Ends the process when it is idle, when its model failed, or when another process took its place."""

@@ -135,6 +135,8 @@ class Endpoints:
                 "version": __version__,
                 "state": holder.state,
                 "error": holder.error,
+                "loaded": holder.loaded,
+                "to_load": holder.to_load,
                 "model": identity.model,
                 "serve_as": list(identity.serve_as),
                 "device": info.device if info else "",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mistral_nb.engine.chat_template import JinjaTemplate
 from mistral_nb.engine.mistral_format import Control, Part
@@ -330,7 +330,7 @@ ODD_IDS = json.dumps(
     ("file", "content", "error"),
     [
         ("tokenizer.json", None, "holds no tokenizer.json and no tokenizer.model"),
-        ("tokenizer.json", "{", "cannot be read"),
+        ("tokenizer.json", "{", "not valid JSON"),
         ("tokenizer.json", "[]", "no JSON object"),
         ("tokenizer.json", "{}", "no tokenizer file"),
         (
@@ -357,3 +357,24 @@ def test_later_mistral_tokenizers_are_refused(tmp_path: Path) -> None:
     shutil.copy(DATA / "mistral_instruct_tokenizer_241114.model.v7", tmp_path / "tokenizer.model")
     with pytest.raises(ModelError, match="none of v1 to v3"):
         load_tokenizer(tmp_path)
+
+
+def test_mistral_with_a_byte_level_vocabulary_keeps_its_own_template(embedded: Path, tmp_path: Path) -> None:
+    """As Mistral Nemo has: its parts do not begin with a space, so neither v1's nor v3's rules would give its ids."""
+    data = json.loads((embedded / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(data)
+        .replace("<|im_start|>", "[INST]")
+        .replace("<|im_end|>", "</s>")
+        .replace("<|endoftext|>", "<s>"),
+        encoding="utf-8",
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    template = "{{ bos_token }}{% for m in messages %}[INST]{{ m['content'] }}[INST]{% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    ours = load_tokenizer(tmp_path).encode_chat([Message("user", "Hi, what is 2 + 2?")])
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "Hi, what is 2 + 2?"}], return_dict=False
+    )
+    assert ours == theirs

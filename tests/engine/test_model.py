@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
-from mistral_nb.engine.args import ModelArgs
+from mistral_nb.checkpoints import Precision, open_checkpoint
 from mistral_nb.engine.model import Cancelled, Span, Transformer
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ModelError
+from tests.engine.mistral_layout import save_consolidated
 
 CPU = torch.device("cpu")
 PROMPT = list(range(300, 340))
 
 
-def transformer(folder: Path, precision: str = "fp32") -> Transformer:
-    args = ModelArgs.from_folder(folder)
-    return Transformer(args, load_weights(folder, args, precision, CPU))
+def transformer(folder: Path, precision: Precision = "fp32") -> Transformer:
+    checkpoint = open_checkpoint(folder)
+    return Transformer(checkpoint.args, load_weights(checkpoint, precision, CPU))
 
 
 def all_logits(model: Transformer, tokens: list[int]) -> Tensor:
@@ -173,55 +172,24 @@ def test_shards_and_reduced_precision(tmp_path: Path) -> None:
     assert relative(all_logits(transformer(tmp_path, "int8"), tokens), expected) < 0.05
 
 
-def save_tiny(folder: Path) -> None:
+@pytest.mark.parametrize("shards", [1, 3])
+def test_mistrals_own_layout_is_the_same_model(tiny: tuple[Path, PreTrainedModel], tmp_path: Path, shards: int) -> None:
+    folder, oracle = tiny
+    consolidated = save_consolidated(oracle, tmp_path / "consolidated", shards=shards)
+    tokens = torch.randint(0, 500, (30,)).tolist()
+    ours = all_logits(transformer(consolidated), tokens)
+    assert torch.equal(ours, all_logits(transformer(folder), tokens))
+    assert relative(ours, oracle_logits(oracle, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_both_layouts_are_the_same_in_every_precision(tmp_path: Path, precision: Precision) -> None:
     torch.manual_seed(1)
-    MistralForCausalLM(CONFIGS["mistral"]).save_pretrained(folder)
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(folder: Path, name: str, tensor: Tensor | None) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop(name)
-    save_file(tensors if tensor is None else {**tensors, name: tensor}, folder / "model.safetensors")
-
-
-NORM = "model.norm.weight"
-BROKEN = {
-    "holds no JSON object": lambda f: (f / "config.json").write_text("[]"),
-    "wrong type": lambda f: edit_config(f, hidden_size="64", head_dim=None),
-    "vocab_size is '500'": lambda f: edit_config(f, vocab_size="500"),
-    "norm_eps is 'small'": lambda f: edit_config(f, rms_norm_eps="small"),
-    "sliding_window is 0": lambda f: edit_config(f, sliding_window=0),
-    "config.json": lambda f: (f / "config.json").unlink(),
-    "not valid JSON": lambda f: (f / "config.json").write_text("{"),
-    "hidden_size": lambda f: (f / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}'),
-    "GPT2LMHeadModel": lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
-    "rope scaling 'yarn'": lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-    "hidden_act 'gelu'": lambda f: edit_config(f, hidden_act="gelu"),
-    "attention_bias": lambda f: edit_config(f, attention_bias=True),
-    "share 3 KV heads": lambda f: edit_config(f, num_key_value_heads=3),
-    "holds no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
-    "cannot be read": lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 9),
-    f"lacks the tensor {NORM}": lambda f: edit_tensors(f, NORM, None),
-    f"tensor {NORM} is \\[63\\]": lambda f: edit_tensors(f, NORM, torch.ones(63)),
-    f"tensor {NORM} is torch.int8": lambda f: edit_tensors(f, NORM, torch.ones(64, dtype=torch.int8)),
-    "points outside its folder": lambda f: (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "../x.safetensors"}}'
-    ),
-    "lacks the shard b.safetensors": lambda f: (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "b.safetensors"}}'
-    ),
-    "not a valid index": lambda f: (f / "model.safetensors.index.json").write_text("[]"),
-}
-
-
-@pytest.mark.parametrize("message", BROKEN)
-def test_a_broken_checkpoint_is_refused_by_name(message: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    BROKEN[message](tmp_path)
-    with pytest.raises(ModelError, match=message):
-        transformer(tmp_path)
+    oracle = MistralForCausalLM(CONFIGS["mistral"]).to(torch.bfloat16).eval()
+    oracle.save_pretrained(tmp_path / "hf")
+    save_consolidated(oracle, tmp_path / "consolidated")
+    hf, consolidated = (transformer(tmp_path / name, precision).weights for name in ("hf", "consolidated"))
+    assert torch.equal(hf.tok_embeddings, consolidated.tok_embeddings)
+    for ours, theirs in zip(hf.layers, consolidated.layers, strict=True):
+        for name in ("wqkv", "wo", "w13", "w2"):
+            assert torch.equal(getattr(ours, name).weight, getattr(theirs, name).weight)

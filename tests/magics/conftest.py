@@ -1,9 +1,10 @@
-"""A shell with the magics, a peer that plays scripts, and real kernels that ask it."""
+"""A shell with the magics, a peer that plays scripts, a hub with a tiny model, and real kernels that ask them."""
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from tests.backends.scripted import TOKEN, Peer
 from tests.magics.kernels import Kernel
+from tests.models.hub_server import HubServer, Repo, use_hub
+from tests.models.tiny_repos import sharded
 
 ACCOUNT = "0123456789abcdef0123456789abcdef"
 
@@ -30,6 +33,15 @@ def cloud(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> Peer:
     monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_BASE_URL", peer.url)
     monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL", "true")
     return peer
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with the tiny model org/tiny, for pulls into a store of the test's own. Ask for it before `kernel`."""
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+    with HubServer({"org/tiny": Repo(sharded())}) as hub:
+        use_hub(monkeypatch, hub.endpoint, tmp_path / "hf_home")
+        yield hub
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ from IPython.core import completer
 from IPython.core.interactiveshell import InteractiveShell
 
 from mistral_nb_magics.completion import candidates
+from tests.models.tiny_repos import sharded
 
 NAMES = {"topic": "tides", "table": SimpleNamespace(columns=["a"], count=1), "_hidden": 1}
+HUB_ID = "mistralai/Mistral-7B-Instruct-v0.3"
 OPTIONS = ["--max-tokens", "--model", "--temperature"]
 
 
@@ -26,6 +29,11 @@ OPTIONS = ["--max-tokens", "--model", "--temperature"]
         ("%%mistral --backend l", None, "l", ["local"]),
         ("%%mistral --format ma", None, "ma", ["markdown", "math"]),
         ("%mistral pull emb", None, "emb", ["embedded"]),
+        ("%mistral pull mistralai/Mistral-7B-Instruct-v0.3", None, "mistralai/Mistral-7B-Instruct-v0.3", [HUB_ID]),
+        ("%mistral pull --", None, "--", ["--revision", "--name"]),
+        ("%mistral pull org/name --r", None, "--r", ["--revision"]),
+        ("%mistral models smollm2-", None, "smollm2-", ["smollm2-135m-instruct"]),
+        ("Pull %mistral pull emb", None, "", []),
         ("%%mistral -o t", None, "t", ["table", "topic"]),
         ("Explain {{to", "%%mistral", "to", ["topic"]),
         ("Explain {{ table.co", "%%mistral --raw", "co", ["columns", "count"]),
@@ -40,6 +48,17 @@ OPTIONS = ["--max-tokens", "--model", "--temperature"]
 )
 def test_candidates(before: str, first: str | None, word: str, wanted: list[str]) -> None:
     assert candidates(before, first or before, NAMES, OPTIONS) == (word, wanted)
+
+
+def test_what_is_in_the_store_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path))
+    for name in ("own-model", ".staging-own-half"):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        for file, content in sharded(1).items():
+            (folder / file).write_bytes(content)
+    for line in ("%mistral pull own", "%mistral models own", "%mistral Hi --model own"):
+        assert candidates(line, line, NAMES, OPTIONS) == ("own", ["own-model"])
 
 
 def test_model_names_are_offered() -> None:

@@ -158,10 +158,15 @@ def test_bad_usage_of_a_cell() -> None:
         ("stop --force", "stop"),
         ("stop --model embedded --force", "stop"),
         ("pull embedded", "pull"),
+        ("pull org/name --revision v1", "pull"),
+        ("pull --name mine './a folder'", "pull"),
+        ("models", "models"),
+        ("models embedded", "models"),
         ("help", "help"),
         ("status of the project", None),
         ("stop talking --temperature 0", None),
         ("pull the door open", None),
+        ("models are wrong but useful", None),
         ("last year's news", None),
         ("-- stop", None),
         ("Status", None),
@@ -172,11 +177,21 @@ def test_a_command_is_its_word_with_nothing_but_options(line: str, command: str 
     assert (found and found[0]) == command
 
 
+def test_what_a_pull_is_told() -> None:
+    found = find_command("pull './a folder' --name mine")
+    assert found
+    assert vars(found[1]) == {"model": "./a folder", "revision": None, "name": "mine"}
+
+
 def test_an_unknown_option_of_a_command() -> None:
     with pytest.raises(UsageError, match=r"--frce of %mistral stop; did you mean '--force'\?"):
         find_command("stop --frce")
     with pytest.raises(UsageError, match="--format of %mistral last; it takes none"):
         find_command("last --format code")
+    with pytest.raises(UsageError, match=r"--revison=v1 of %mistral pull; did you mean '--revision'\?"):
+        find_command("pull org/name --revison=v1")
+    with pytest.raises(UsageError, match="expected one argument"):
+        find_command("pull org/name --revision")
     with pytest.raises(UsageError, match="--max-tokens of %mistral stop"):
         find_command("stop --max-tokens 3")
     with pytest.raises(UsageError, match="it takes none"):

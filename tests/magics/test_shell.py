@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 from mistral_nb import Result
 from mistral_nb.errors import MistralError
 from tests.backends.scripted import TOKEN, Peer, body, frame, head
+from tests.models.tiny_repos import sharded
 
 RunCell = Callable[[str], ExecutionResult]
 ANSWER: list[Any] = [head(), frame({"response": "Blue "}), frame({"response": "light."}), frame("[DONE]")]
@@ -95,6 +99,7 @@ def test_a_line_gives_its_result(run: RunCell, cloud: Peer, shell: InteractiveSh
         ("%mistral last", "no answer yet"),
         ("%mistral pull", "pull embedded"),
         ("%mistral stop --frce", "--force"),
+        ("%mistral pull x --revison=v1", "--revision"),
     ],
 )
 def test_bad_usage_is_exactly_a_usage_error(run: RunCell, capsys: Any, code: str, told: str) -> None:
@@ -111,6 +116,9 @@ def test_bad_usage_is_exactly_a_usage_error(run: RunCell, capsys: Any, code: str
         ("%mistral Hi --backend clodflare", "ConfigurationError"),
         ("%mistral Hi --backend cloudflare", "ConfigurationError"),
         ("%mistral Hi --model no-such-model", "UnknownModel"),
+        ("%mistral pull no-such-model", "UnknownModel"),
+        ("%mistral models no-such-model", "UnknownModel"),
+        ("%mistral pull embedded --revision v1", "ModelError"),
     ],
 )
 def test_other_errors_are_short(run: RunCell, capsys: Any, code: str, name: str) -> None:
@@ -185,6 +193,32 @@ def test_status_tells_who_and_why(run: RunCell, cloud: Peer, capsys: Any) -> Non
     assert "smollm2-135m-instruct" in capsys.readouterr().out
     run("%mistral stop")
     assert "No engine is running." in capsys.readouterr().out
+
+
+def test_models_are_pulled_and_told_about(run: RunCell, capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for name, content in sharded().items():
+        (folder / name).write_bytes(content)
+    here = tmp_path / "home" / "models" / "mine"
+    assert run(f"%mistral pull {folder} --name mine").success
+    assert capsys.readouterr().out == f"mine is in {here}\n"
+    assert run(f"%mistral pull {folder} --name mine").success
+    assert capsys.readouterr().out == f"mine is in {here} already; nothing was to be done\n"
+    run("%mistral models")
+    assert re.search(rf"^mine  +[\d.]+ MB +{folder}", capsys.readouterr().out, re.MULTILINE)
+    run("%mistral models mine")
+    report = capsys.readouterr().out
+    assert f"source        {folder}" in report
+    assert "Memory on CPU" in report
+    run("%mistral models embedded")
+    assert "%mistral pull smollm2-135m-instruct" in capsys.readouterr().out
+    os.truncate(here / "model-00001-of-00003.safetensors", 10)
+    run("%mistral status")
+    status = capsys.readouterr().out
+    assert "Models\n  none\n  mine is broken: " in status
+    assert f"in {here.parent}" in status
 
 
 def test_the_manual(shell: InteractiveShell) -> None:

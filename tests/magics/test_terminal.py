@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.backends.scripted import Peer, frame, head
+from tests.backends.scripted import PATIENCE, Peer, frame, head
+from tests.models.hub_server import Fault, HubServer
 
 pexpect = pytest.importorskip("pexpect", reason="pexpect drives the terminal; it is not there on Windows")
 
+SHARD = "model-00002-of-00003.safetensors"
 PROMPT = r"In \[\d+\]: $"
 
 
@@ -44,6 +46,23 @@ def test_text_runs_status_is_wiped_and_the_footer_is_dim(cloud: Peer, terminal: 
     terminal.expect(PROMPT)
     terminal.sendline("print(_.text.upper())")
     terminal.expect("ONCE UPON")
+
+
+def test_a_pull_has_a_bar_and_an_interrupt_keeps_what_was_fetched(hub: HubServer, terminal: pexpect.spawn) -> None:
+    fault = hub.fail(SHARD, Fault("stalled", at=500_000))
+    terminal.setwinsize(50, 60)
+    terminal.sendline("%mistral pull org/tiny")
+    terminal.expect(r"\r\x1b\[KDownloading +\d+%  █[█░]{9}  [\d.]+ of [\d.]+ MB")
+    assert fault.happened.wait(PATIENCE)
+    terminal.sendintr()
+    terminal.expect(
+        r"\r\x1b\[K■ stopped here: what was fetched is kept \([\d.]+ MB\): the next pull of org/tiny goes on"
+    )
+    terminal.expect("KeyboardInterrupt: stopped")
+    terminal.expect(PROMPT)
+    fault.over.set()
+    terminal.sendline("%mistral pull org/tiny")
+    terminal.expect(r"org--tiny is in [^\r\n]*/org--tiny\r\n")
 
 
 def test_an_interrupt_keeps_the_text(cloud: Peer, terminal: pexpect.spawn) -> None:

@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 
 from mistral_nb import runtime
+from mistral_nb.checkpoints import ModelArgs
+from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
+from mistral_nb.hardware import host_memory
+from tests.checkpoints.tiny import laid_out, packed
 from tests.server.engines import DEADLINE, MODEL, Engines, EngineUnderTest, eventually, frames, run_path
 
 SHORT = {"prompt": "Name three colours.", "temperature": 0, "max_tokens": 8}
@@ -156,18 +160,38 @@ def test_stop_by_request(engines: Engines) -> None:
     assert engine.printed == []
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that blocks whoever reads it")
-def test_stop_while_it_loads(engines: Engines, broken: Path, tmp_path: Path) -> None:
-    """From a checkpoint that never ends: the process does not wait for its loading thread; requests get an error."""
-    endless = tmp_path / "endless"
-    shutil.copytree(broken, endless)
-    (endless / "tokenizer_config.json").unlink()
-    os.mkfifo(endless / "tokenizer_config.json")
-    engine = engines.start("--managed", model=str(endless))
+@pytest.fixture(scope="module")
+def large(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that takes some seconds to load: 10 GB of zeros that lie on no disk, 5 GB as int8."""
+    memory = host_memory()
+    if memory and memory.free < 8_000_000_000:
+        pytest.skip(f"needs 8 GB of memory, and {memory.free / 1e9:.1f} GB are free")
+    folder = tmp_path_factory.mktemp("checkpoint") / "large"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded / name, folder)
+    changes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 22, "head_dim": 128}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config = {**json.loads((embedded / "config.json").read_text()), **changes, **heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = expected_tensors(ModelArgs.from_config(config))
+    header, size = laid_out({hugging_face_name(name): ("BF16", shape) for name, shape in tensors})
+    start = packed(header, b"")
+    (folder / "model.safetensors").write_bytes(start)
+    os.truncate(folder / "model.safetensors", len(start) + size)
+    return folder
+
+
+def test_stop_while_it_loads(engines: Engines, large: Path) -> None:
+    """The process tells how far it is, and does not wait for its loading thread; requests get an error."""
+    engine = engines.start("--managed", "--context", "512", model=str(large))
     body = json.dumps(SHORT).encode()
-    with engine.raw(f"POST {run_path(str(endless))} HTTP/1.1\nContent-Length: {len(body)}", body) as waiting:
+    with engine.raw(f"POST {run_path(str(large))} HTTP/1.1\nContent-Length: {len(body)}", body) as waiting:
         eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
-        assert engine.health()["state"] == "loading"
+        eventually(lambda: engine.health()["loaded"] > 0, "some of it is loaded")
+        health = engine.health()
+        assert health["state"] == "loading"
+        assert health["loaded"] < health["to_load"] == pytest.approx(10e9, rel=0.1)
         engine.process.terminate()
         assert waiting.recv(65_536).startswith(b"HTTP/1.1 503 ")
     assert_ended(engine, 0, "stopping: signal SIGTERM")
@@ -192,20 +216,14 @@ def test_a_process_whose_record_was_replaced_ends(engines: Engines, broken: Path
     assert runtime.read_record(str(broken)) == other
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that blocks whoever reads it")
-def test_of_two_that_were_started_at_once_one_gives_way_while_it_loads(
-    engines: Engines, broken: Path, tmp_path: Path
-) -> None:
-    endless = tmp_path / "endless"
-    shutil.copytree(broken, endless)
-    (endless / "tokenizer_config.json").unlink()
-    os.mkfifo(endless / "tokenizer_config.json")
-    engine = engines.start("--managed", model=str(endless))
+def test_of_two_that_were_started_at_once_one_gives_way_while_it_loads(engines: Engines, large: Path) -> None:
+    engine = engines.start("--managed", "--context", "512", model=str(large))
     other = dataclasses.replace(engine.record, pid=os.getpid(), token="another")
     runtime.write_record(other)
-    assert engine.process.wait(5) == 0
+    assert engine.process.wait(DEADLINE) == 0
     assert "its record" in engine.log()
-    assert runtime.read_record(str(endless)) == other
+    assert "ready" not in engine.log()
+    assert runtime.read_record(str(large)) == other
 
 
 @pytest.mark.parametrize(

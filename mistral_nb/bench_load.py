@@ -1,0 +1,254 @@
+"""`mistral-nb bench load`: how fast a sharded checkpoint gets into memory, beside how fast its files can be read.
+
+The checkpoint is made for the purpose, of random numbers in bf16, in a temporary folder. Each loading runs in a process
+of its own and tells its peak memory. What is read is in the page cache; in a second series it is dropped from there
+first, so that it comes from the disk. Reading is measured into one small buffer for each thread, which stays in the
+processor's cache, and into memory of the checkpoint's size, as a loading needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mistral_nb.bench import Measurement, check_writable, machine
+from mistral_nb.checkpoints import ModelArgs
+from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
+from mistral_nb.errors import MistralError
+
+__all__ = ["make_checkpoint", "run"]
+
+PRECISIONS = ("bf16", "fp32", "int8")
+SHARD = 500_000_000
+"""Bytes of a shard, at most."""
+
+_BUFFER = 1 << 23
+_DIM, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _VOCABULARY = 2048, 7168, 16, 4, 128, 32_000
+
+
+def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None) -> int:
+    """Print the measurements, and the same as JSON; `path` takes the JSON instead. Returns the exit status.
+
+    Raises `ConfigurationError` before it measures when `path` cannot be written, `MistralError` when a loading fails.
+    """
+    if path is not None:
+        check_writable(path)
+    with tempfile.TemporaryDirectory(prefix="mistral-nb-bench-") as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        size = make_checkpoint(checkpoint, int(size_gb * 1e9))
+        files = sorted(checkpoint.glob("*.safetensors"))
+        series: dict[str, list[float]] = {}
+        memory: dict[str, int] = {}
+        for _ in range(runs):
+            for name, seconds, used in _round(checkpoint, files, size):
+                series.setdefault(name, []).append(size / seconds / 1e9)
+                memory |= {name: max(used, memory.get(name, 0))} if used else {}
+                print(f"{name}: {size / seconds / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
+    measurements = [Measurement.of(name, "GB/s", values, _bar(name)) for name, values in series.items()]
+    report = {**machine(), "checkpoint_bytes": size, "shards": len(files), "peak_bytes": memory}
+    print(f"{size / 1e9:.2f} GB of bf16 in {len(files)} shards ({report['cpu']}, {report['cores']} cores)")
+    print(f"{'':<38} {'median':>8} {'':<9} {'p20..p80':<16} runs   bar")
+    for each in measurements:
+        print(each)
+    for line in _conclusions(measurements, memory, size):
+        print(line)
+    text = json.dumps({**report, "measurements": [asdict(item) for item in measurements]}, indent=2)
+    if path is None:
+        print(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def make_checkpoint(folder: Path, size: int) -> int:
+    """A sharded Hugging Face folder of about `size` bytes of bf16, without a tokenizer: the bytes of its tensors."""
+    folder.mkdir(parents=True)
+    layer = _parameters(ModelArgs(**_shape(2))) - _parameters(ModelArgs(**_shape(1)))
+    rest = _parameters(ModelArgs(**_shape(1))) - layer
+    args = ModelArgs(**_shape(max(1, round((size / 2 - rest) / layer))))
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, shape in expected_tensors(args):
+        if filled and filled + _bytes(shape) > SHARD:
+            shards.append([])
+            filled = 0
+        shards[-1].append((hugging_face_name(name), shape))
+        filled += _bytes(shape)
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(folder / file, tensors)
+        weight_map |= {name: file for name, _ in tensors}
+    index = {"metadata": {"total_size": 2 * _parameters(args)}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(_config(args)), encoding="utf-8")
+    return 2 * _parameters(args)
+
+
+def _shape(layers: int) -> dict[str, Any]:
+    sizes = {"dim": _DIM, "n_layers": layers, "n_heads": _HEADS, "n_kv_heads": _KV_HEADS, "head_dim": _HEAD_DIM}
+    return {
+        **sizes,
+        "hidden_dim": _HIDDEN,
+        "vocab_size": _VOCABULARY,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "context": 8192,
+    }
+
+
+def _config(args: ModelArgs) -> dict[str, Any]:
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "max_position_embeddings": args.context,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    }
+
+
+def _bytes(shape: Sequence[int]) -> int:
+    size = 2
+    for each in shape:
+        size *= each
+    return size
+
+
+def _parameters(args: ModelArgs) -> int:
+    return sum(_bytes(shape) for _, shape in expected_tensors(args)) // 2
+
+
+def _write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Random mantissas and signs, in numbers of about 2**-7: the same ones over and over."""
+    block = bytearray(random.Random(0).randbytes(_BUFFER))
+    block[1::2] = block[1::2].translate(bytes(0x3C | byte & 0x80 for byte in range(256)))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in tensors:
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + _bytes(shape)]}
+        end += _bytes(shape)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for start in range(0, end, _BUFFER):
+            file.write(memoryview(block)[: min(_BUFFER, end - start)])
+        os.fsync(file.fileno())
+
+
+def _round(checkpoint: Path, files: Sequence[Path], size: int) -> Iterator[tuple[str, float, int | None]]:
+    """One measurement of each kind: name, seconds, and the peak memory of a loading."""
+    threads = (1, 2)
+    _read(files, 2)
+    for count in threads:
+        yield f"read, {count} thread{'s' if count > 1 else ''}, cached", _read(files, count), None
+    yield "read into memory, 2 threads, cached", _read_into_memory(files, 2), None
+    for precision in PRECISIONS:
+        found = _load(checkpoint, precision, size)
+        yield f"load as {precision}, cached", found["load_s"], _rise(found)
+    if hasattr(os, "posix_fadvise"):
+        for count in threads:
+            _drop(files)
+            yield f"read, {count} thread{'s' if count > 1 else ''}, from disk", _read(files, count), None
+        _drop(files)
+        found = _load(checkpoint, "bf16", size)
+        yield "load as bf16, from disk", found["load_s"], _rise(found)
+
+
+def _rise(found: dict[str, Any]) -> int | None:
+    """The whole process at its peak, interpreter and torch included."""
+    return int(found["peak"]) if found["peak"] else None
+
+
+def _load(checkpoint: Path, precision: str, size: int) -> dict[str, Any]:
+    """A loading in a process of its own, which touches as much memory before: a virtual machine's host may first have
+    to find it.
+    """
+    command = [sys.executable, "-P", "-m", "mistral_nb.engine.load_probe", str(checkpoint), "--precision", precision]
+    done = subprocess.run([*command, "--touch", str(2 * size)], capture_output=True, text=True)
+    if done.returncode:
+        raise MistralError(f"the loading failed: {done.stderr.strip()[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _read(files: Sequence[Path], threads: int) -> float:
+    """Seconds to read every byte, by threads with one buffer each that they use again and again."""
+    buffers = [bytearray(_BUFFER) for _ in range(threads)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda number: _read_share(files, buffers[number], number, threads), range(threads)))
+    return time.perf_counter() - began
+
+
+def _read_into_memory(files: Sequence[Path], threads: int) -> float:
+    """Seconds to read every byte to a place of its own, in memory that was written to before."""
+    size = sum(path.stat().st_size for path in files)
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as place:
+        place[:: mmap.PAGESIZE] = bytes(len(range(0, size, mmap.PAGESIZE)))
+        with memoryview(place) as view, ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            list(pool.map(lambda number: _read_places(files, view, number, threads), range(threads)))
+            return time.perf_counter() - began
+
+
+def _read_places(files: Sequence[Path], view: memoryview, number: int, threads: int) -> None:
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as file:
+            for start in range(number * _BUFFER, size, threads * _BUFFER):
+                file.seek(start)
+                file.readinto(view[start : min(start + _BUFFER, size)])
+        view = view[size:]
+
+
+def _read_share(files: Sequence[Path], buffer: bytearray, number: int, threads: int) -> None:
+    """Every so many-th piece of each file."""
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            for start in range(number * _BUFFER, path.stat().st_size, threads * _BUFFER):
+                file.seek(start)
+                file.readinto(buffer)
+
+
+def _drop(files: Sequence[Path]) -> None:
+    """Ask the system to forget what it keeps of the files."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _bar(name: str) -> str:
+    return "at least 70% of one thread's reading" if name.startswith("load as bf16") else ""
+
+
+def _conclusions(measurements: Sequence[Measurement], memory: dict[str, int], size: int) -> Iterator[str]:
+    medians = {each.name: each.median for each in measurements}
+    for place in ("cached", "from disk"):
+        readings = {name: value for name, value in medians.items() if name.startswith("read") and place in name}
+        for name, value in medians.items():
+            if name.startswith("load") and place in name:
+                shares = "; ".join(f"{value / speed:.0%} of {what}" for what, speed in readings.items())
+                yield f"{name}: {shares}"
+    for name, peak in memory.items():
+        yield f"{name}: {peak / 1e6:.0f} MB at the process's peak, {size / 1e6:.0f} MB of tensors in the files"

@@ -1,0 +1,107 @@
+"""The manifest of a folder in the store: where it came from, and the size and SHA-256 of each of its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from mistral_nb.checkpoints.untrusted import read_object
+from mistral_nb.errors import ModelError
+
+__all__ = [
+    "MANIFEST",
+    "FileEntry",
+    "Manifest",
+    "NewerFormat",
+    "damage",
+    "read_manifest",
+    "strangers",
+    "write_manifest",
+]
+
+MANIFEST = "mistral_nb.json"
+FORMAT = 2
+
+
+class NewerFormat(ValueError):
+    """A manifest of a format that a later version writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file's `size` in bytes and its `sha256` in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What was pulled. `source` says from where, such as `{"hub": "org/name", "commit": ...}`; files by their names."""
+
+    name: str
+    source: Mapping[str, str]
+    licence: str | None
+    files: Mapping[str, FileEntry]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in `folder`; None where there is none. `ValueError`, in words, for one that cannot be read."""
+    if not os.path.lexists(folder / MANIFEST):
+        return None
+    try:
+        data = read_object(folder / MANIFEST)
+    except ModelError as error:
+        raise ValueError("unreadable manifest") from error
+    version = data.get("format")
+    if version != FORMAT:
+        kind = NewerFormat if isinstance(version, int) and version > FORMAT else ValueError
+        raise kind(f"store format {version}, this version reads {FORMAT}")
+    try:
+        listed = data["files"].items()
+        files = {_inside(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in listed}
+        source = {str(key): str(value) for key, value in data["source"].items()}
+        licence = data.get("licence")
+        return Manifest(str(data["name"]), source, None if licence is None else str(licence), files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError("unreadable manifest") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    data: dict[str, Any] = {"format": FORMAT, **asdict(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a folder by the sizes in its manifest; empty for a whole one and without a manifest."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    for name, entry in manifest.files.items() if manifest else ():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry.size:
+            return f"{name} is not {entry.size} bytes"
+    return ""
+
+
+def strangers(folder: Path) -> list[str]:
+    """The files in a folder that its manifest, of whatever format, does not name, sorted: no pull brought those."""
+    try:
+        named = read_object(folder / MANIFEST).get("files")
+    except ModelError:
+        named = None
+    known = {MANIFEST, *(named if isinstance(named, dict) else ())}
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return sorted(here - known)
+
+
+def _inside(name: str) -> str:
+    """The name of a file in the folder or below; `ValueError` for one that leads out of it."""
+    if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
+        raise ValueError(name)
+    return name

@@ -1,0 +1,483 @@
+"""Whole checkpoints in every layout and from every writer: found, opened, described; and what a change of them does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import pytest
+import sentencepiece
+import torch
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from mistral_nb.checkpoints import Checkpoint, ModelArgs, describe, find_files, open_checkpoint
+from mistral_nb.checkpoints.vocabulary import TokenizerFacts, check_vocabulary, read_tokenizer
+from mistral_nb.errors import ModelError
+from tests.checkpoints import tiny
+from tests.checkpoints.broken import WEIGHTS, drop_tensor, replace_tensor
+
+LAYOUTS: list[Callable[[Path], Path]] = [tiny.hugging_face, tiny.sharded, tiny.mistral]
+MISTRAL_DATA = Path(mistral_common.__file__).parent / "data"
+SIZES: dict[str, Any] = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__name__)
+def test_each_layout_gives_the_same_tensors(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make(tmp_path / "checkpoint"))
+    assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == {
+        name: shape for name, (_, shape) in tiny.mistral_tensors().items()
+    }
+    assert checkpoint.interleaved == (make is tiny.mistral)
+    assert checkpoint.bytes == sum(path.stat().st_size for path in checkpoint.files if path.suffix != ".json") - sum(
+        tensor.start for tensor in first_of_each_file(checkpoint).values()
+    )
+    assert checkpoint.args == ModelArgs(64, 2, 4, 2, 16, 96, tiny.VOCABULARY, 1e-5, 1e6, checkpoint.args.context)
+    assert checkpoint.args.context == (32768 if make is tiny.mistral else 2048)
+
+
+def first_of_each_file(checkpoint: Checkpoint) -> dict[Path, Any]:
+    first: dict[Path, Any] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.file not in first or tensor.start < first[tensor.file].start:
+            first[tensor.file] = tensor
+    return first
+
+
+@pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__name__)
+def test_the_places_are_those_of_the_safetensors_library(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make(tmp_path / "checkpoint"))
+    hugging_face = dict(zip(tiny.mistral_tensors(), tiny.hugging_face_tensors(), strict=True))
+    for name, tensor in checkpoint.tensors.items():
+        with safe_open(tensor.file, framework="pt") as file:
+            expected = file.get_tensor(name if make is tiny.mistral else hugging_face[name])
+        content = tensor.file.read_bytes()[tensor.start : tensor.end]
+        assert content == expected.view(torch.uint8).numpy().tobytes()
+        assert tensor.shape == tuple(expected.shape)
+
+
+def test_descriptions(tmp_path: Path) -> None:
+    single, sharded, mistral = (describe(make(tmp_path / make.__name__)) for make in LAYOUTS)
+    weights = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for _, shape in tiny.mistral_tensors().values())
+    assert single.parameters == sharded.parameters == mistral.parameters == weights
+    assert [one.architecture for one in (single, sharded, mistral)] == ["Mistral"] * 3
+    assert [one.layout for one in (single, sharded, mistral)] == [
+        "safetensors, 1 file",
+        "safetensors, 3 files",
+        "Mistral's consolidated safetensors, 1 file",
+    ]
+    assert [one.template for one in (single, sharded, mistral)] == ["Mistral v1", "Mistral v1", "Mistral v3"]
+    assert single.tokenizer == f"BPE, {tiny.VOCABULARY} tokens (tokenizer.json)"
+    assert mistral.tokenizer.endswith("tokens (tokenizer.model.v3)")
+    assert mistral.tokenizer.startswith("SentencePiece, ")
+    assert single.dtype == "BF16"
+    assert single.name == "hugging_face"
+    for one in (single, sharded, mistral):
+        assert one.bytes == sum(path.stat().st_size for path in one.folder.iterdir())
+
+
+def test_the_embedded_model(embedded: Path) -> None:
+    start = time.perf_counter()
+    model = describe(embedded)
+    print(f"describe: {(time.perf_counter() - start) * 1e3:.0f} ms")
+    assert (model.architecture, model.layout, model.dtype) == ("Llama", "safetensors, 1 file", "F32")
+    assert model.parameters == 134_515_008
+    assert model.checkpoint.bytes == 4 * model.parameters
+    assert model.tokenizer == "BPE, 49152 tokens (tokenizer.json)"
+    assert model.template == "chat template (Jinja), 368 characters"
+    assert model.licence
+    assert model.licence.startswith("Apache")
+    assert model.args.tied_embeddings
+    assert "output.weight" not in model.checkpoint.tensors
+
+
+WRITTEN = {
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "mistral, tied, with a window": (
+        MistralForCausalLM,
+        MistralConfig(**SIZES, sliding_window=32, tie_word_embeddings=True),
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_theta=5e5)),
+    "llama, tied, wide heads": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_what_transformers_writes(kind: str, shard: str, tmp_path: Path) -> None:
+    cls, config = WRITTEN[kind]
+    model: PreTrainedModel = cls(config)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    (tmp_path / "tokenizer.json").write_text(tiny.json_tokenizer())
+    described = describe(tmp_path)
+    state = model.state_dict()
+    tied = config.tie_word_embeddings
+    assert described.parameters == sum(
+        tensor.numel() for name, tensor in state.items() if not (tied and name == "lm_head.weight")
+    )
+    assert (len(find_files(tmp_path).weights) > 2) == (shard == "60KB")
+    args = described.args
+    assert args.tied_embeddings == tied
+    assert args.sliding_window == getattr(config, "sliding_window", None)
+    assert args.head_dim == model.model.layers[0].self_attn.head_dim
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+    assert args.rope_theta == rope["rope_theta"]
+    for name, tensor in described.checkpoint.tensors.items():
+        if name.endswith("attention.wk.weight"):
+            content = tensor.file.read_bytes()[tensor.start : tensor.end]
+            own = state[f"model.layers.{name.split('.')[1]}.self_attn.k_proj.weight"]
+            assert content == own.numpy().tobytes()
+
+
+def test_what_is_of_no_use_is_passed_over(tmp_path: Path) -> None:
+    """The buffers that old versions of transformers saved."""
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    for layer in range(tiny.LAYERS):
+        replace_tensor(folder / WEIGHTS, f"model.layers.{layer}.self_attn.rotary_emb.inv_freq", "F32", (8,))
+    assert len(open_checkpoint(folder).tensors) == len(tiny.mistral_tensors())
+
+
+@pytest.mark.parametrize("make", [tiny.hugging_face, tiny.mistral], ids=lambda make: make.__name__)
+def test_an_output_of_its_own_is_used_whatever_the_config_says(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """As transformers does since version 5: a config that ties it does not make it another one."""
+    folder = make(tmp_path / "checkpoint")
+    own = make is tiny.mistral
+    config, setting = ("params.json", "tied_embeddings") if own else ("config.json", "tie_word_embeddings")
+    tiny.change_json(folder / config, **{setting: True})
+    untied = open_checkpoint(folder)
+    assert not untied.args.tied_embeddings
+    assert untied.tensors["output.weight"].start != untied.tensors["tok_embeddings.weight"].start
+    drop_tensor(find_files(folder).weights[0], "output.weight" if own else "lm_head.weight")
+    tied = open_checkpoint(folder)
+    assert tied.args.tied_embeddings
+    assert tied.tensors.keys() == untied.tensors.keys() - {"output.weight"}
+
+
+def test_several_dtypes(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    replace_tensor(folder / WEIGHTS, "model.norm.weight", "F32", (64,))
+    replace_tensor(folder / WEIGHTS, "lm_head.weight", "F16", (tiny.VOCABULARY, 64))
+    assert describe(folder).dtype == "BF16, F16, F32"
+
+
+def test_a_header_without_padding(tmp_path: Path) -> None:
+    """As early writers left it: the data then begin anywhere."""
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    header, data = tiny.unpacked(folder / WEIGHTS)
+    text = json.dumps(header).encode()
+    text += b" " * ((3 - len(text)) % 8)
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert next(iter(open_checkpoint(folder).tensors.values())).start % 2 == 1
+
+
+def snapshot(top: Path) -> Path:
+    """A checkpoint as the Hugging Face cache keeps it: files are symlinks into the repository's blobs."""
+    plain = tiny.sharded(top / "plain")
+    repository = top / "hub" / "models--org--tiny"
+    made = repository / "snapshots" / "0123abcd"
+    made.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(plain.iterdir()):
+        shutil.move(path, repository / "blobs" / f"{number:040}")
+        (made / path.name).symlink_to(Path("..", "..", "blobs", f"{number:040}"))
+    return made
+
+
+def test_a_snapshot_of_the_hub_cache(tmp_path: Path) -> None:
+    model = describe(snapshot(tmp_path))
+    assert model.name == "org/tiny"
+    assert model.layout == "safetensors, 3 files"
+
+
+def test_a_snapshot_whose_link_leads_elsewhere(tmp_path: Path) -> None:
+    made = snapshot(tmp_path)
+    repository = made.parent.parent
+    other = repository.parent / "models--org--other" / "blobs"
+    shutil.move(repository / "blobs", other.parent / "blobs")
+    (repository / "blobs").symlink_to(other)
+    with pytest.raises(ModelError, match="is a symlink out of its folder"):
+        describe(made)
+
+
+def test_a_link_inside_the_folder_and_a_linked_folder(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    (folder / WEIGHTS).rename(folder / "fine-tuned.safetensors")
+    (folder / WEIGHTS).symlink_to("fine-tuned.safetensors")
+    (tmp_path / "link").symlink_to(folder)
+    assert describe(tmp_path / "link").name == "link"
+
+
+def test_both_layouts_in_one_folder(tmp_path: Path) -> None:
+    """As mistralai's repositories have them; a download of Mistral's files alone brings config.json too."""
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    for path in tiny.mistral(tmp_path / "other").iterdir():
+        shutil.move(path, folder)
+    assert find_files(folder).layout == "safetensors"
+    assert find_files(folder).tokenizer.name == "tokenizer.model.v3"
+    (folder / WEIGHTS).unlink()
+    files = find_files(folder)
+    assert (files.layout, files.config.name, files.weights) == (
+        "mistral",
+        "params.json",
+        (folder / "consolidated.safetensors",),
+    )
+    assert open_checkpoint(folder).interleaved
+
+
+def both_tokenizers(folder: Path, size: int) -> Path:
+    """A Mistral checkpoint with a SentencePiece file of under 384 tokens and a tokenizer.json of `size`."""
+    tiny.hugging_face(folder)
+    (folder / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    (folder / "tokenizer.json").write_text(tiny.json_tokenizer(size))
+    return folder
+
+
+@pytest.mark.parametrize("told", ["tokenizer_config.json", "added_tokens.json", "nothing"])
+@pytest.mark.parametrize("more", [False, True])
+def test_tokens_that_were_added_to_mistrals(told: str, more: bool, tmp_path: Path) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny.sentencepiece_model()).vocab_size()
+    folder = both_tokenizers(tmp_path / "checkpoint", pieces + more)
+    last = pieces - 1 + more
+    contents = {
+        "tokenizer_config.json": {"added_tokens_decoder": {"0": {"content": "<unk>"}, str(last): {"content": "[PAD]"}}},
+        "added_tokens.json": {"[PAD]": last},
+    }
+    if told in contents:
+        (folder / told).write_text(json.dumps(contents[told]))
+    assert find_files(folder).tokenizer.name == ("tokenizer.json" if more else "tokenizer.model")
+
+
+def test_finding_the_files_does_not_read_a_large_tokenizer(tmp_path: Path) -> None:
+    folder = both_tokenizers(tmp_path / "checkpoint", 384)
+    (folder / "tokenizer.json").write_text("damaged")
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"2": {"content": "</s>"}}}')
+    assert find_files(folder).tokenizer.name == "tokenizer.model"
+
+
+def test_sharded_consolidated(tmp_path: Path) -> None:
+    folder = tiny.mistral(tmp_path / "checkpoint")
+    everything = list(tiny.mistral_tensors().items())
+    (folder / "consolidated.safetensors").unlink()
+    weight_map = {}
+    for number, part in enumerate((everything[:10], everything[10:])):
+        name = f"consolidated-0000{number + 1}-of-00002.safetensors"
+        (folder / name).write_bytes(tiny.safetensors(dict(part)))
+        weight_map |= dict.fromkeys(dict(part), name)
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert describe(folder).layout == "Mistral's consolidated safetensors, 2 files"
+
+
+def test_a_checkpoint_without_a_tokenizer_can_be_opened_but_not_described(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    (folder / "tokenizer.json").unlink()
+    assert open_checkpoint(folder).tensors
+    for whole in (find_files, describe):
+        with pytest.raises(ModelError, match=r"holds no tokenizer\.json"):
+            whole(folder)
+
+
+def test_pickles_beside_safetensors_are_left_alone(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    assert describe(folder)
+
+
+@pytest.mark.parametrize("change", ["grown", "touched", "gone"])
+def test_files_that_change_after_opening(change: str, tmp_path: Path) -> None:
+    folder = tiny.sharded(tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(folder)
+    checkpoint.check_unchanged()
+    shard = find_files(folder).weights[1]
+    if change == "grown":
+        with shard.open("ab") as file:
+            file.write(b"x")
+    elif change == "touched":
+        os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    else:
+        shard.unlink()
+    with pytest.raises(ModelError, match=r"cannot be read" if change == "gone" else r"was changed while it was"):
+        checkpoint.check_unchanged()
+
+
+def test_a_fresh_file_is_truncated_a_minute_later(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    os.truncate(folder / WEIGHTS, 50_000)
+    with pytest.raises(ModelError, match=r"is still being written: 50000 of \d+ bytes"):
+        open_checkpoint(folder)
+    before = time.time() - 61
+    os.utime(folder / WEIGHTS, (before, before))
+    with pytest.raises(ModelError, match=r"is truncated: it has 50000 of \d+ bytes"):
+        open_checkpoint(folder)
+    later = time.time() + 1000
+    os.utime(folder / WEIGHTS, (later, later))
+    with pytest.raises(ModelError, match=r"is truncated: it has 50000 of \d+ bytes"):
+        open_checkpoint(folder)
+
+
+def test_a_download_into_the_hub_cache_that_has_not_ended(tmp_path: Path) -> None:
+    made = snapshot(tmp_path)
+    (made.parent.parent / "blobs" / "abc.incomplete").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"is still being written: it holds \.\./\.\./blobs/abc\.incomplete"):
+        find_files(made)
+
+
+def test_licences(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    assert describe(folder).licence is None
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\nlicense: none\n")
+    assert describe(folder).licence == "apache-2.0"
+    (folder / "LICENSE").write_text("\n    # Apache License\n  Version 2.0\n")
+    assert describe(folder).licence == "Apache License"
+    (folder / "mistral_nb.json").write_text('{"licence": "Apache-2.0"}')
+    assert describe(folder).licence == "Apache-2.0"
+    (folder / "mistral_nb.json").write_text(json.dumps({"licence": "\x1b[2J" + "x" * 500}))
+    licence = describe(folder).licence
+    assert licence is not None
+    assert licence.isprintable()
+    assert len(licence) < 90
+    (folder / "mistral_nb.json").write_text("not ours")
+    assert describe(folder).licence == "Apache License"
+
+
+def test_files_that_the_engine_does_not_read_may_be_anything(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    (folder / "special_tokens_map.json").write_text("[")
+    assert describe(folder)
+
+
+def test_a_licence_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    (tmp_path / "secret").write_text("a secret")
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    assert describe(folder).licence is None
+
+
+def test_templates(tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": "<|im_start|>{{ messages }}"}))
+    assert describe(folder).template == "chat template (Jinja), 26 characters"
+    settings.write_text(json.dumps({"chat_template": [{"name": "default", "template": "[INST] x [/INST]"}]}))
+    assert describe(folder).template == "Mistral v1"
+    for source in ("[INST] x [/INST]<think>", "[INST] x [/INST]<|im_end|>", "[INST] <<SYS>> x [/INST]"):
+        settings.write_text(json.dumps({"chat_template": source}))
+        assert describe(folder).template == f"chat template (Jinja), {len(source)} characters"
+    settings.write_text(json.dumps({"chat_template": "[INST] x [/INST]", "eos_token": {"content": "<|im_end|>"}}))
+    assert describe(folder).template.startswith("chat template")
+    settings.write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    assert describe(folder).template == "none: raw prompts only"
+    settings.write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    assert describe(folder).template == "Mistral v1"
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")
+    assert describe(folder).template == "chat template (Jinja), 7 characters"
+    tiny.change_json(folder / "config.json", architectures=["LlamaForCausalLM"], model_type="llama")
+    (folder / "chat_template.jinja").unlink()
+    settings.unlink()
+    assert describe(folder).template == "none: raw prompts only"
+    assert describe(folder).architecture == "Llama"
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "inst"),
+    [("tokenizer.model.v1", 32000, False), ("mistral_instruct_tokenizer_240323.model.v3", 32768, True)],
+)
+def test_mistrals_own_tokenizers(file: str, size: int, inst: bool) -> None:
+    path = MISTRAL_DATA / file
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    facts = read_tokenizer(path)
+    assert facts.size == model.vocab_size() == size
+    controls = {model.id_to_piece(token) for token in range(size) if model.is_control(token)}
+    assert facts.controls == controls
+    assert ("[INST]" in facts.controls) == inst
+
+
+@pytest.mark.parametrize(
+    ("size", "vocab_size", "mistral", "fits"),
+    [
+        (32000, 32000, True, True),
+        (32768, 33000, True, True),
+        (32000, 32768, True, False),
+        (32768, 32000, True, False),
+        (32000, 32256, False, True),
+        (32001, 33000, False, True),
+        (30000, 32000, False, False),
+        (32001, 32000, False, False),
+    ],
+)
+def test_vocabularies_that_fit(size: int, vocab_size: int, mistral: bool, fits: bool) -> None:
+    facts = TokenizerFacts("BPE", size, frozenset(), size)
+    if fits:
+        check_vocabulary(Path("tokenizer.json"), facts, vocab_size, mistral=mistral)
+    else:
+        with pytest.raises(ModelError, match="the tokenizer of another"):
+            check_vocabulary(Path("tokenizer.json"), facts, vocab_size, mistral=mistral)
+
+
+@pytest.mark.parametrize(("count", "fits"), [(1, True), (16, True), (17, False)])
+def test_added_tokens_without_embeddings(count: int, fits: bool, tmp_path: Path) -> None:
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"] += [
+        {**data["added_tokens"][0], "id": tiny.VOCABULARY + number, "content": f"[PAD{number}]"}
+        for number in range(count)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    if fits:
+        assert describe(folder)
+        return
+    with pytest.raises(ModelError, match=r"adds 17 tokens .* such as \[PAD0\] with the id 384 of 384.*; fetch the tok"):
+        describe(folder)
+
+
+def test_which_tokens_are_controls(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    added = [("<s>", 0, True), ("<think>", 1, False), ("word", 2, False), ("pad", 3, True)]
+    tokens = [{"content": text, "id": token, "special": special} for text, token, special in added]
+    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 4}}, "added_tokens": tokens}))
+    facts = read_tokenizer(path)
+    assert facts.controls == {"<s>", "<think>", "pad"}
+    assert (facts.size, facts.learnt, facts.added[3]) == (5, 5, "pad")
+
+
+def test_a_7b_model_is_opened_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral-7B's shapes in a file of holes, 14.5 GB that take no room; the bar is 0.2 s."""
+    monkeypatch.setattr(tiny, "LAYERS", 32)
+    dim, hidden, kv, vocabulary = 4096, 14336, 1024, 32768
+    shapes = {
+        **tiny.SHAPES,
+        **dict.fromkeys(("tok_embeddings", "output"), (vocabulary, dim)),
+        **dict.fromkeys(("norm", "attention_norm", "ffn_norm"), (dim,)),
+        **dict.fromkeys(("attention.wq", "attention.wo"), (dim, dim)),
+        **dict.fromkeys(("attention.wk", "attention.wv"), (kv, dim)),
+        **dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), (hidden, dim)),
+        "feed_forward.w2": (dim, hidden),
+    }
+    monkeypatch.setattr(tiny, "SHAPES", shapes)
+    header, size = tiny.laid_out(tiny.mistral_tensors())
+    monkeypatch.undo()
+    folder = tiny.mistral(tmp_path / "checkpoint")
+    file = folder / "consolidated.safetensors"
+    file.write_bytes(tiny.packed(header, b""))
+    os.truncate(file, file.stat().st_size + size)
+    sizes = {"dim": dim, "hidden_dim": hidden, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
+    tiny.change_json(folder / "params.json", **sizes, vocab_size=vocabulary)
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(folder)
+    seconds = time.perf_counter() - start
+    print(f"open_checkpoint of {checkpoint.bytes / 1e9:.1f} GB: {seconds * 1e3:.1f} ms")
+    assert checkpoint.bytes == 14_496_047_104
+    assert seconds < 2

@@ -1,0 +1,155 @@
+"""The memory estimate against what the engine really allocates, and the choices that it leads to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from mistral_nb.checkpoints import ModelArgs, check_fits, choices_that_fit, estimate
+from mistral_nb.checkpoints.memory import CHUNK, Precision
+from mistral_nb.engine import Engine
+from mistral_nb.engine.engine import PREFILL_CHUNK
+from mistral_nb.engine.kv_cache import KVCache
+from mistral_nb.errors import ModelError
+from tests.checkpoints import tiny
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
+MISTRAL_7B = ModelArgs(4096, 32, 32, 8, 128, 14336, 32768, 1e-5, 1e6, 32768)
+SIZES: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 256}
+MODELS = {
+    "mistral": (
+        MistralForCausalLM,
+        MistralConfig(
+            **SIZES, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+        ),
+    ),
+    "llama, tied": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **SIZES,
+            hidden_size=96,
+            intermediate_size=160,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        ),
+    ),
+}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in dataclasses, sequences and objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def allocated(value: Any) -> int:
+    """Bytes of the storages under a value, each counted once however many tensors share it."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_in(value)}
+    assert storages
+    return sum(storages.values())
+
+
+def compare(folder: Path, precision: Precision) -> None:
+    args = ModelArgs.from_folder(folder)
+    engine = Engine.load(folder, device="cpu", precision=precision)
+    try:
+        model = engine._model
+        expected = estimate(args, precision, 200, "cpu")
+        assert allocated(model.weights) == expected.weights
+        cache = model.new_cache(200)
+        assert allocated(list(vars(cache).values())) == expected.kv
+        assert KVCache.bytes_per_token(args, model.dtype) * 200 == expected.kv
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_tiny_models(kind: str, precision: Precision, tmp_path: Path) -> None:
+    cls, config = MODELS[kind]
+    cls(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    compare(tmp_path, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_embedded_model(precision: Precision, embedded: Path) -> None:
+    compare(embedded, precision)
+
+
+def test_the_chunk_is_the_engines() -> None:
+    assert CHUNK == PREFILL_CHUNK
+
+
+def test_mistral_7b() -> None:
+    """By hand: 7.248 G weights; 128 KiB a token of KV in 16 bits."""
+    weights = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336 + 2 * 4096) + 2 * 32768 * 4096 + 4096
+    bf16 = estimate(MISTRAL_7B, "bf16", 32768, "cuda")
+    assert bf16.weights == 2 * weights == 14_496_047_104
+    assert bf16.kv == 32768 * 128 * 1024
+    assert bf16.total == bf16.weights + bf16.kv + bf16.workspace
+    assert estimate(MISTRAL_7B, "fp32", 1024, "cpu").kv == 1024 * 256 * 1024
+    int8 = estimate(MISTRAL_7B, "int8", 32768, "cpu")
+    rows = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 32768
+    vectors = 65 * 4096
+    embeddings = 32768 * 4096
+    assert int8.weights == (weights - vectors - embeddings) + 4 * rows + 4 * (vectors + embeddings)
+
+
+def test_choices() -> None:
+    free = 17_000_000_000
+    choices = choices_that_fit(MISTRAL_7B, free, "cuda")
+    assert [(choice.precision, choice.context) for choice in choices] == [("bf16", 8192), ("fp16", 8192)]
+    assert all(choice.total <= free for choice in choices)
+    assert estimate(MISTRAL_7B, "bf16", 16384, "cuda").total > free
+    assert [c.precision for c in choices_that_fit(MISTRAL_7B, 60_000_000_000, "cpu")] == list(PRECISIONS)
+    assert {c.context for c in choices_that_fit(MISTRAL_7B, 60_000_000_000, "cpu")} == {32768}
+    assert choices_that_fit(MISTRAL_7B, 1_000_000_000, "cpu") == []
+
+
+def test_a_short_context_is_the_only_choice() -> None:
+    args = dataclasses.replace(MISTRAL_7B, context=512)
+    assert {choice.context for choice in choices_that_fit(args, 60_000_000_000, "cpu")} == {512}
+    assert choices_that_fit(args, 1_000_000_000, "cpu") == []
+
+
+def test_int8_is_no_choice_where_it_does_not_run() -> None:
+    args = dataclasses.replace(MISTRAL_7B, dim=4080)
+    assert "int8" not in [choice.precision for choice in choices_that_fit(args, 60_000_000_000, "cpu")]
+
+
+def test_what_fits_and_what_does_not() -> None:
+    check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 24_000_000_000)
+    check_fits(MISTRAL_7B, "bf16", 32768, "cuda", None)
+    with pytest.raises(ModelError) as caught:
+        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 17_000_000_000)
+    message = str(caught.value)
+    assert "in bf16 with a context of 32768 tokens (weights 14.5 GB, KV 4.3 GB, workspace" in message
+    assert "the GPU has 17.0 GB free" in message
+    assert message.endswith("; what fits: --precision bf16 --context 8192 (16.4 GB)")
+    with pytest.raises(ModelError, match=r"--precision int8 --context 8192 \(\d+\.\d GB\)$"):
+        check_fits(MISTRAL_7B, "fp32", 32768, "cpu", 10_500_000_000)
+    with pytest.raises(ModelError, match="no precision fits with a context of 1024: free memory or choose a smaller"):
+        check_fits(MISTRAL_7B, "int8", 32768, "cpu", 2_000_000_000)
+
+
+def test_the_largest_context_is_the_largest() -> None:
+    for free in range(8_000_000_000, 40_000_000_000, 1_300_000_000):
+        for choice in choices_that_fit(MISTRAL_7B, free, "cpu"):
+            assert estimate(MISTRAL_7B, choice.precision, choice.context, "cpu").total == choice.total <= free
+            if choice.context < MISTRAL_7B.context:
+                assert choice.context & (choice.context - 1) == 0
+                assert estimate(MISTRAL_7B, choice.precision, 2 * choice.context, "cpu").total > free

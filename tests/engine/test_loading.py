@@ -1,0 +1,125 @@
+"""Loading a checkpoint: how much memory it takes, what it tells meanwhile, and files that change under it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mistral_nb.bench_load import make_checkpoint
+from mistral_nb.checkpoints import open_checkpoint
+from mistral_nb.checkpoints.memory import Precision, estimate
+from mistral_nb.engine import Engine
+from mistral_nb.engine.weights import load_weights
+from mistral_nb.errors import ModelError
+from tests.checkpoints.tiny import hugging_face, sharded
+
+CPU = torch.device("cpu")
+WITH_TORCH, BESIDE = 300_000_000, 120_000_000
+"""Bytes beside the weights at the peak: of the whole process, and of what loading takes."""
+
+
+@pytest.fixture(scope="module")
+def two_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("load") / "checkpoint"
+    make_checkpoint(folder, 2_000_000_000)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp32"])
+def test_a_loading_takes_little_more_than_the_weights(two_gigabytes: Path, precision: Precision) -> None:
+    """The whole process with interpreter and torch; in bf16 the weights are the checkpoint's bytes."""
+    checkpoint = open_checkpoint(two_gigabytes)
+    weights = estimate(checkpoint.args, precision, 1, "cpu").weights
+    assert precision != "bf16" or weights == checkpoint.bytes
+    assert len(checkpoint.files) > 4, "sharded"
+    command = [sys.executable, "-P", "-m", "mistral_nb.engine.load_probe", str(two_gigabytes), "--precision", precision]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
+    found = json.loads(done.stdout)
+    assert found["peak"] - found["before"] < weights + BESIDE, found
+    assert precision != "bf16" or found["peak"] < checkpoint.bytes + WITH_TORCH, found
+    assert found["last_report"] == [checkpoint.bytes] * 2
+    assert found["reports"] > 20
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_progress_counts_every_byte_and_may_end_the_loading(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(sharded(tmp_path / "model"))
+    told: list[tuple[int, int]] = []
+    load_weights(checkpoint, "fp32", CPU, lambda done, total: told.append((done, total)))
+    assert told[0] == (0, checkpoint.bytes)
+    assert told[-1] == (checkpoint.bytes, checkpoint.bytes)
+    assert told == sorted(told)
+
+    def give_up(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_weights(checkpoint, "fp32", CPU, give_up)
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(hugging_face(tmp_path / "model"))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"model.safetensors was cut short while it was being read; fetch"):
+        load_weights(checkpoint, "bf16", CPU)
+
+
+def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
+    """The last report comes after the last byte and before the files are looked at again."""
+    checkpoint = open_checkpoint(hugging_face(tmp_path / "model"))
+    weights = tmp_path / "model" / "model.safetensors"
+
+    def change(done: int, total: int) -> None:
+        if done == total:
+            os.utime(weights, ns=(0, 0))
+
+    with pytest.raises(ModelError, match=r"model.safetensors was changed while it was being read; wait"):
+        load_weights(checkpoint, "bf16", CPU, change)
+
+
+def test_a_file_that_disappears(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(sharded(tmp_path / "model"))
+    gone = tmp_path / "model" / "model-00002-of-00003.safetensors"
+    gone.unlink()
+    with pytest.raises(ModelError, match=gone.name):
+        load_weights(checkpoint, "bf16", CPU)
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_taken(
+    tmp_path: Path, two_gigabytes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine is given another memory; everything else is real."""
+    from mistral_nb.engine import engine
+
+    args = open_checkpoint(two_gigabytes).args
+    room = estimate(args, "int8", 1024, "cpu").total + 1
+    monkeypatch.setattr(engine, "free_memory", lambda device: room)
+    told: list[int] = []
+    with pytest.raises(ModelError) as caught:
+        Engine.load(two_gigabytes, device="cpu", precision="fp32", progress=lambda done, total: told.append(done))
+    assert told == []
+    assert "--precision int8 --context 1024" in str(caught.value)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+    with pytest.raises(ModelError) as caught:
+        Engine.load(two_gigabytes, device="cpu")
+    assert "--precision" not in str(caught.value)
+
+
+def test_a_shorter_context_is_what_the_engine_has(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "model")
+    for asked, given in ((100, 100), (None, 2048), (1 << 20, 2048)):
+        engine = Engine.load(folder, device="cpu", precision="fp32", context=asked)
+        assert engine.info.context == given
+        engine.close()

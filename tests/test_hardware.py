@@ -1,0 +1,162 @@
+"""What memory this machine has: the host's by the system's files, the GPUs' by a driver library of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_nb.hardware import Memory, gpu_memories, host_memory, nvidia_gpus
+
+ROOT = Path(__file__).resolve().parent.parent
+GB = 1 << 30
+MEMINFO = f"MemTotal: {16 * GB // 1024} kB\nMemFree: 1024 kB\nMemAvailable: {12 * GB // 1024} kB\nHugePages_Total: 0\n"
+
+
+def host(tmp_path: Path, **files: str) -> Memory | None:
+    """The memory by a `meminfo` and by a control group's files, in which __ stands for a dot and v1_ for version 1."""
+    (tmp_path / "meminfo").write_text(files.pop("meminfo", MEMINFO))
+    (tmp_path / "memory").mkdir(exist_ok=True)
+    for name, content in files.items():
+        folder = tmp_path / "memory" if name.startswith("v1_") else tmp_path
+        (folder / name.removeprefix("v1_").replace("__", ".")).write_text(content)
+    return host_memory(tmp_path / "meminfo", tmp_path)
+
+
+def test_page_cache_is_free(tmp_path: Path) -> None:
+    assert host(tmp_path) == Memory("cpu", "CPU", 12 * GB, 16 * GB)
+
+
+def test_a_container_limit_counts_with_its_page_cache_free(tmp_path: Path) -> None:
+    stat = f"anon 5\ninactive_file {GB}\n"
+    found = host(tmp_path, memory__max=f"{4 * GB}\n", memory__current=f"{3 * GB}\n", memory__stat=stat)
+    assert found == Memory("cpu", "CPU", 2 * GB, 4 * GB)
+
+
+def test_a_container_limit_of_version_1(tmp_path: Path) -> None:
+    found = host(
+        tmp_path,
+        v1_memory__limit_in_bytes=str(4 * GB),
+        v1_memory__usage_in_bytes=str(3 * GB),
+        v1_memory__stat=f"inactive_file 7\ntotal_inactive_file {GB}\n",
+    )
+    assert found == Memory("cpu", "CPU", 2 * GB, 4 * GB)
+
+
+@pytest.mark.parametrize("most", ["max", str(1 << 62)])
+def test_no_limit_is_none(tmp_path: Path, most: str) -> None:
+    found = host(tmp_path, memory__max=most, memory__current="1", memory__stat="inactive_file 1\n")
+    assert found == Memory("cpu", "CPU", 12 * GB, 16 * GB)
+
+
+def test_a_limit_beyond_what_is_free_does_not_add_to_it(tmp_path: Path) -> None:
+    found = host(tmp_path, memory__max=str(15 * GB), memory__current="0", memory__stat="inactive_file 0\n")
+    assert found == Memory("cpu", "CPU", 12 * GB, 15 * GB)
+
+
+def test_without_those_files_the_system_is_asked(tmp_path: Path) -> None:
+    found = host(tmp_path, meminfo="nothing of use\n")
+    assert found
+    assert 0 < found.free <= found.total
+    assert abs(found.total - os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < GB
+
+
+def test_this_machine() -> None:
+    memory = host_memory()
+    assert memory
+    assert 0 < memory.free <= memory.total
+
+
+@pytest.mark.gpu
+def test_the_memory_of_this_gpu_is_what_torch_says() -> None:
+    import torch
+
+    memories = gpu_memories()
+    assert nvidia_gpus() == len(memories) == torch.cuda.device_count()
+    free, total = torch.cuda.mem_get_info(0)
+    assert memories[0].device == "cuda"
+    assert memories[0].name == torch.cuda.get_device_name(0)
+    assert abs(memories[0].total - total) < 0.05 * total
+    assert abs(memories[0].free - free) < 0.05 * total
+
+
+# Three GPUs of NVML's interface, of which the third does not tell its memory.
+_NVML = """
+#include <stdio.h>
+#include <string.h>
+typedef struct { unsigned long long total, free, used; } memory;
+static int open_count;
+static char *gpus[] = {"GPU-aaaa-0", "GPU-bbbb-1", "GPU-cccc-2"};
+int nvmlInit_v2(void) { open_count++; return 0; }
+int nvmlShutdown(void) { open_count--; return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 3; return open_count == 1 ? 0 : 1; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **gpu) { if (i > 2) return 2; *gpu = &gpus[i]; return 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **gpu) {
+    for (int i = 0; i < 3; i++) if (!strcmp(uuid, gpus[i])) { *gpu = &gpus[i]; return 0; }
+    return 6;
+}
+int nvmlDeviceGetUUID(void *gpu, char *uuid, unsigned size) { snprintf(uuid, size, "%s", *(char **)gpu); return 0; }
+int nvmlDeviceGetName(void *gpu, char *name, unsigned n) { snprintf(name, n, "Card %s", *(char **)gpu); return 0; }
+int nvmlDeviceGetMemoryInfo(void *gpu, memory *info) {
+    unsigned long long i = (char **)gpu - gpus;
+    if (i == 2) return 3;
+    info->total = (80ull + i) << 30; info->free = (70ull + i) << 30; info->used = 10ull << 30;
+    return 0;
+}
+"""
+_ASK = """
+import json
+from mistral_nb.hardware import gpu_memories, nvidia_gpus
+first = [(each.device, each.name, each.free >> 30, each.total >> 30) for each in gpu_memories()]
+print(json.dumps([nvidia_gpus(), first]))
+"""
+A, B = ["cuda", "Card GPU-aaaa-0", 70, 80], ["cuda", "Card GPU-bbbb-1", 71, 81]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a library of the driver's name."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C compiler here: a driver library cannot be made")
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "nvml.c").write_text(_NVML)
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, folder / "nvml.c"], check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "memories"),
+    [
+        (None, 3, [A, B]),
+        ("1,0", 2, [B, A]),
+        (" GPU-bbbb-1 ", 1, [B]),
+        ("GPU-aa", 1, [A]),
+        ("0,7,1", 1, [A]),
+        ("0,GPU-none,1", 1, [A]),
+        ("", 0, []),
+        ("-1", 0, []),
+        ("2", 1, []),
+    ],
+)
+def test_gpus_by_the_driver(driver: Path, visible: str | None, count: int, memories: list[list[object]]) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env |= {"LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(ROOT)}
+    if visible is not None:
+        env["CUDA_VISIBLE_DEVICES"] = visible
+    done = subprocess.run([sys.executable, "-c", _ASK], env=env, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [count, memories]
+
+
+def test_without_a_driver_there_is_no_gpu(tmp_path: Path) -> None:
+    (tmp_path / "libnvidia-ml.so.1").write_text("no library")
+    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", _ASK], env=env, capture_output=True, text=True, check=True)
+    if json.loads(done.stdout) != [0, []]:
+        pytest.skip("this machine has a driver, which is found all the same")
