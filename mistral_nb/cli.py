@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,19 @@ _DEMO_PACKAGES = ("ipykernel", "jupyter_client", "nbclient", "nbformat")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 for an error told on stderr, 2 for bad usage, 130 when interrupted."""
+    """Run one command; the exit status: 0, 1 for an error told on stderr, 2 for bad usage, 130 when interrupted.
+
+    141, without a word, when nobody reads what it prints any more, as in `mistral-nb list | head -1`.
+    """
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        status = command(options)
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+        return 141
     except MistralError as error:
         from mistral_nb.safe_markdown import plain_text
 
@@ -136,12 +145,13 @@ def _require(extra: str, packages: Sequence[str]) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    """List the running engines: their models, what they do, where they are, and their logs."""
+    """List the running engines: their models, what they do, where they are, and their logs; and unfinished pulls."""
     from mistral_nb.config import load_settings
     from mistral_nb.engine_control import status
+    from mistral_nb.model_report import unfinished_pulls
     from mistral_nb.report import engines_table
 
-    print(engines_table(status(load_settings())))
+    print("\n".join([engines_table(status(load_settings())), *unfinished_pulls()]))
     return 0
 
 

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from mistral_nb.checkpoints import ModelArgs, ModelDescription, choices_that_fit, describe, estimate
+from mistral_nb.errors import ModelError, UnknownModel
 from mistral_nb.hardware import Memory, gpu_memories, host_memory
-from mistral_nb.models import EMBEDDED, KNOWN, KnownModel, broken, canonical, find_known, installed, locate, store_path
+from mistral_nb.models import (
+    EMBEDDED,
+    KNOWN,
+    KnownModel,
+    broken,
+    canonical,
+    find_known,
+    installed,
+    locate,
+    store_path,
+    unfinished,
+)
 from mistral_nb.models.manifest import read_manifest
 from mistral_nb.models.sources import source_of
-from mistral_nb.models.staging import staging_path
+from mistral_nb.models.staging import Staging
+from mistral_nb.models.store import removable, store_folder
 from mistral_nb.progress import amount
 from mistral_nb.safe_markdown import plain_text
 from mistral_nb.tables import indent, table
 
-__all__ = ["kept_by_pull", "memory_report", "model_report", "models_summary", "models_table", "pulled"]
+__all__ = [
+    "kept_by_pull",
+    "memory_report",
+    "model_report",
+    "models_summary",
+    "models_table",
+    "pulled",
+    "unfinished_pulls",
+]
 
 USUAL_CONTEXT = 8192
 """Tokens: what the memory is told for besides the whole context, which may be far more than anybody asks for."""
 
+_GO_ON = "pull it again, or drop it with: mistral-nb rm {}"
 _BY_HAND = "placed by hand"
 _PACKAGE = "registry package"
 
@@ -33,21 +55,28 @@ def models_table() -> str:
     known = {model.name: model for model in KNOWN}
     rows = [("MODEL", "ALIASES", "INSTALLED", "SOURCE", "LICENCE")]
     for name in [*known, *sorted({*here, *wrong} - set(known))]:
-        source, licence = _origin(store_path() / name)
+        source, licence = _origin(store_folder(name))
         if name in known:
             source = source if name in here else _origin_of_known(known[name])
             licence = licence or known[name].licence
-        state = amount(here[name].bytes) if name in here else "broken" if name in wrong else "no"
+        absent = f"no ({amount(known[name].bytes)})" if name in known else ""
+        state = amount(here[name].bytes) if name in here else "broken" if name in wrong else absent
         rows.append((name, ", ".join(known[name].aliases) if name in known else "", state, source, licence))
     problems = [f"{name} is broken: {problem}" for name, problem in wrong.items()]
     return plain_text("\n".join([table(rows), *problems, f"Store: {store_path()}"]))
 
 
 def models_summary() -> str:
-    """The models in the store in a line, those that are broken, and where the store is."""
+    """The models in the store in a line, those that are broken or half pulled, and where the store is."""
     here = ", ".join(f"{model.name} ({amount(model.bytes)})" for model in installed()) or "none"
     problems = [f"{name} is broken: {problem}" for name, problem in broken().items()]
-    return plain_text("\n".join([here, *problems, f"in {store_path()}"]))
+    return plain_text("\n".join([here, *problems, *unfinished_pulls(), f"in {store_path()}"]))
+
+
+def unfinished_pulls() -> list[str]:
+    """A line on the pulls that were cut short, or are under way; none without any."""
+    found = [f"{name}, {amount(size)}: {_GO_ON.format(name)}" for name, size in unfinished().items()]
+    return [plain_text(f"Unfinished pulls: {'; '.join(found)}")] if found else []
 
 
 def model_report(name: str) -> str:
@@ -56,14 +85,21 @@ def model_report(name: str) -> str:
     `name` is a name, alias or hub id, or a checkpoint folder; of a known model that is not here it is told how to get
     it. `UnknownModel`, and `ModelError` for what is broken. Reads no weights.
     """
+    half = _unfinished(name)
     known = find_known(name)
-    if known and not (store_path() / known.name).is_dir():
-        return _report_absent(known)
+    if known and not os.path.isdir(store_folder(known.name)):
+        return plain_text(_report_absent(known, half))
+    try:
+        model = canonical(name)
+    except UnknownModel as error:
+        if half:
+            raise UnknownModel(f"{name} is not in the store, but an {half}") from error
+        raise
     about = describe(locate(name))
-    model = canonical(name)
     gpus, host = gpu_memories(), host_memory()
     memory = memory_report(about.args, model, [*gpus, *([host] if host else [])])
-    return plain_text(f"{known.title if known else about.name}\n{indent(table(_facts(about)))}\n\n{memory}")
+    facts = [*_facts(about), *([("besides", half)] if half else [])]
+    return plain_text(f"{known.title if known else about.name}\n{indent(table(facts))}\n\n{memory}")
 
 
 def memory_report(args: ModelArgs, model: str, memories: Sequence[Memory]) -> str:
@@ -95,26 +131,29 @@ def kept_by_pull(model: str, store_name: str | None = None) -> str:
     """What a pull that was interrupted has left for the next one, in words."""
     source = source_of(model, store_name=store_name)
     assert source, "what nobody can pull cannot be interrupted"
-    staging = staging_path(store_path(), source.name)
-    kept = 0
-    for path in staging.rglob("*"):
-        with suppress(OSError):
-            kept += path.stat().st_size if path.is_file() else 0
-    if not (staging / "work").is_dir() or not kept:
-        return "nothing was fetched yet"
-    return (
-        f"what was fetched is kept ({amount(kept)}): the next pull of {model} goes on from there, and "
-        f"mistral-nb rm {source.name} drops it"
-    )
+    return Staging(store_path(), source.name).told()
 
 
-def _report_absent(known: KnownModel) -> str:
+def _unfinished(name: str) -> str:
+    """That a pull of this model was cut short, or is under way; empty where none was."""
+    try:
+        store_name = removable(name)
+    except ModelError:
+        return ""
+    size = unfinished().get(store_name)
+    return "" if size is None else f"unfinished pull of it is there, {amount(size)}: {_GO_ON.format(store_name)}"
+
+
+def _report_absent(known: KnownModel, half: str) -> str:
+    fetched = f", from a download of {amount(known.download)}" if known.download < known.bytes else ""
     rows = [
         ("name", known.name),
         *([("aliases", ", ".join(known.aliases))] if known.aliases else []),
         ("source", _origin_of_known(known)),
         ("licence", known.licence),
+        ("size", f"{amount(known.bytes)} on disk{fetched}"),
         ("here", f"no; run: mistral-nb pull {known.name}, in a notebook %mistral pull {known.name}"),
+        *([("besides", half)] if half else []),
     ]
     return f"{known.title}\n{indent(table(rows))}"
 

@@ -74,7 +74,7 @@ class Meter:
         """
         speed = self._speed(now)
         if not now.total:
-            parts = [now.step, amount(now.done) if now.done > 0 else "", _rate(speed)]
+            parts = [now.step, amount(now.done), _rate(speed)] if now.done > 0 else [now.step]
             return _GAP.join(part for part in parts if part)
         done = max(0, min(now.done, now.total))
         left = f"{duration(max(1, (now.total - done) / speed))} left" if speed and done < now.total else ""

@@ -55,6 +55,23 @@ def test_bad_usage(arguments: list[str], expected: str, capsys: pytest.CaptureFi
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a closed pipe is another error")
+@pytest.mark.parametrize("command", ["list", "status"])
+def test_it_ends_quietly_when_nobody_reads_it(command: str, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "mistral_nb", command],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"MISTRAL_NB_HOME": str(tmp_path), "MISTRAL_NB_RUNTIME_DIR": str(tmp_path)},
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("command", ["serve", "pull", "list", "show", "rm", "status", "stop", "bench", "demo"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

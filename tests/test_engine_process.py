@@ -36,10 +36,12 @@ from mistral_nb.errors import (
     ModelError,
     UnknownModel,
 )
+from mistral_nb.hardware import host_memory
 from mistral_nb.models import EMBEDDED
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.types import Chunk, GenerationRequest
 from tests.backends.scripted import PATIENCE, Peer, eventually, head
+from tests.engine.sparse_checkpoint import BYTES_A_LAYER, LARGEST, sparse_checkpoint
 from tests.server.engines import Engines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,8 +153,9 @@ def test_a_record_whose_port_somebody_else_took_is_replaced_and_the_user_sees_wh
     runtime.write_record(stale)
     chunks = list(local().stream(SHORT))
     shown = [chunk.status or "text" for chunk in chunks[:-1]]
-    assert shown[:3] == ["Starting the engine", "Loading the model", "text"]
-    assert set(shown[2:]) == {"text"}
+    assert shown[:2] == ["Starting the engine", "Loading the model"]
+    assert all(status.startswith("Loading the model  ") and "%" in status for status in shown[2 : shown.index("text")])
+    assert set(shown[shown.index("text") :]) == {"text"}
     assert "Paris" in text_of(chunks)
     assert record().port != other.port
     assert [chunk.status for chunk in local().stream(SHORT) if chunk.status] == []
@@ -317,9 +320,29 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_log(alone: Path) -> None
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (folder / name).write_text('{"model_type": "llama"}')
-    with pytest.raises(EngineStartError, match="could not load") as caught:
+    with pytest.raises(EngineStartError, match=rf"could not load {folder}: {folder}.* Its log: {alone}/log") as caught:
         list(Local(load_settings(), str(folder)).stream(SHORT))
-    assert str(alone / "log") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_is_told_with_what_would(alone: Path, embedded: Path) -> None:
+    memory = host_memory()
+    if memory is None or memory.free > LARGEST:
+        pytest.skip(f"needs a system that tells its free memory, of at most {LARGEST / 1e9:.0f} GB")
+    folder = sparse_checkpoint(alone / "model", embedded, layers=memory.free // BYTES_A_LAYER + 1)
+    with pytest.raises(EngineStartError, match="what fits: --precision int8 --context") as caught:
+        list(Local(load_settings({"precision": "bf16"}), str(folder)).stream(SHORT))
+    assert "the settings precision and context" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_precision_and_context_are_the_engines(alone: Path) -> None:
+    """An engine that runs already keeps its own."""
+    list(local(precision="fp32", context=512).stream(SHORT))
+    list(local(precision="int8", context=1024).stream(SHORT))
+    [engine] = status(load_settings())
+    assert engine.health
+    assert (engine.health.precision, engine.health.context) == ("fp32", 512)
 
 
 def test_a_log_folder_that_cannot_be_written_stops_everything_before(

@@ -18,9 +18,11 @@ import pytest
 from mistral_nb import models, runtime
 from mistral_nb.checkpoints import ModelArgs, choices_that_fit, describe, estimate
 from mistral_nb.cli import main
+from mistral_nb.config import load_settings
 from mistral_nb.hardware import Memory
 from mistral_nb.model_report import memory_report
 from mistral_nb.progress import amount
+from mistral_nb.report import status_report
 from mistral_nb.runtime import EngineRecord
 from tests.models.hub_server import Fault, HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded
@@ -100,6 +102,7 @@ def test_show_tells_all(store: Path, folder: Path, say: Say, monkeypatch: pytest
     say("pull", folder)
     status, report, error = say("show", "my-model")
     assert (status, error) == (0, "")
+    args = ModelArgs.from_folder(folder)
     size = sum(
         (store / "my-model" / name).stat().st_size for name in sharded() if name not in ("README.md", ".gitattributes")
     )
@@ -109,17 +112,16 @@ def test_show_tells_all(store: Path, folder: Path, say: Say, monkeypatch: pytest
         "source": str(folder),
         "architecture": "Mistral: 3 layers of 256, 4 heads, 2 of keys and values",
         "layout": "safetensors, 3 files",
-        "parameters": "1.8 million in BF16",
-        "context": "1024 tokens, full attention",
+        "parameters": f"{describe(folder).parameters / 1e6:.1f} million in BF16",
+        "context": f"{args.context} tokens, full attention",
         "tokenizer": describe(folder).tokenizer,
         "template": describe(folder).template,
         "licence": "apache-2.0",
         "on disk": amount(size),
     }
-    args = ModelArgs.from_folder(folder)
     for precision in ("fp32", "bf16", "int8"):
-        need = estimate(args, precision, 1024, "cpu")  # type: ignore[arg-type]
-        row = [precision, "1024", *map(amount, (need.weights, need.kv, need.workspace, need.total))]
+        need = estimate(args, precision, args.context, "cpu")
+        row = [precision, str(args.context), *map(amount, (need.weights, need.kv, need.workspace, need.total))]
         assert [*row, f"--precision {precision}"] in [re.split(r"  +", line.strip()) for line in report.splitlines()]
     assert re.search(r"^Memory on CPU: [\d.]+ GB free of [\d.]+ GB$", report, re.MULTILINE)
     assert "mistral-nb serve --model my-model" in report
@@ -128,7 +130,9 @@ def test_show_tells_all(store: Path, folder: Path, say: Say, monkeypatch: pytest
 def test_a_sliding_window_is_told(store: Path, folder: Path, say: Say) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 256}))
-    assert facts(say("show", folder)[1])["context"] == "1024 tokens, each sees the last 256"
+    assert facts(say("show", folder)[1])["context"] == (
+        f"{config['max_position_embeddings']} tokens, each sees the last 256"
+    )
 
 
 def test_show_takes_a_folder(store: Path, folder: Path, say: Say) -> None:
@@ -288,6 +292,11 @@ def test_rm_is_refused_while_an_engine_has_the_model(store: Path, folder: Path, 
     ("arguments", "expected"),
     [
         (["pull", "nonsense"], "Known are"),
+        (["pull", "gpt2"], "ORG/NAME of the Hugging Face hub"),
+        (["pull", "n" * 300], "no model"),
+        (["show", "n" * 300], "no model"),
+        (["rm", "n" * 300], "is not in the store"),
+        (["serve", "--model", "n" * 300], "no model"),
         (["pull", "{folder}", "--revision", "v1"], "leave it out"),
         (["pull", "org/tiny", "--name", "x"], "leave the name out"),
         (["pull", "embedded", "--revision", "v1"], "leave it out"),
@@ -338,8 +347,8 @@ def test_an_interrupt_keeps_what_was_fetched_and_says_so(
     kept = sum(path.stat().st_size for path in (store / ".staging-org--tiny").rglob("*") if path.is_file())
     assert kept > 1_000_000
     assert error.endswith(
-        f"mistral-nb: interrupted; what was fetched is kept ({amount(kept)}): the next pull of org/tiny goes on from "
-        "there, and mistral-nb rm org--tiny drops it\n"
+        f"mistral-nb: interrupted; what was fetched is kept ({amount(kept)}): the next pull goes on from there, and "
+        "mistral-nb rm org--tiny drops it\n"
     )
     assert "Traceback" not in error
     assert "org--tiny" not in say("list")[1]
@@ -347,6 +356,38 @@ def test_an_interrupt_keeps_what_was_fetched_and_says_so(
     assert say("pull", "org/tiny")[0] == 0
     assert hub.sent("model-00001-of-00003.safetensors") == before, "a whole file is not fetched again"
     assert [model.name for model in models.installed()] == ["org--tiny"]
+
+
+def test_an_unfinished_pull_is_told_but_not_listed(interrupted: tuple[int, str, str], store: Path, say: Say) -> None:
+    size = sum(path.stat().st_size for path in (store / ".staging-org--tiny").rglob("*") if path.is_file())
+    advice = f"{amount(size)}: pull it again, or drop it with: mistral-nb rm org--tiny"
+    assert say("status") == (0, f"No engine is running.\nUnfinished pulls: org--tiny, {advice}\n", "")
+    assert f"  Unfinished pulls: org--tiny, {advice}\n" in status_report(load_settings())
+    for name in ("org/tiny", "org--tiny"):
+        error = f"mistral-nb: {name} is not in the store, but an unfinished pull of it is there, {advice}\n"
+        assert say("show", name) == (1, "", error)
+    assert "tiny" not in say("list")[1]
+    say("pull", "org/tiny")
+    assert say("status")[1] == "No engine is running.\n"
+
+
+def test_the_size_of_a_known_model_is_told_before_it_is_pulled(store: Path, say: Say) -> None:
+    listed = say("list")[1]
+    assert re.search(r"^smollm2-135m-instruct +embedded, smollm2 +no \(540 MB\)  ", listed, re.MULTILINE)
+    assert len(re.findall(r"^mistral-7b-instruct-v0.\d .*  no \(14.5 GB\)  ", listed, re.MULTILINE)) == 3
+    assert facts(say("show", "embedded")[1])["size"] == "540 MB on disk, from a download of 93 MB"
+    assert facts(say("show", "mistral-7b")[1])["size"] == "14.5 GB on disk"
+    (store / ".staging-smollm2-135m-instruct").mkdir(parents=True)
+    assert facts(say("show", "embedded")[1])["besides"].startswith("unfinished pull of it is there, 0 B: pull it again")
+
+
+def test_a_known_model_under_another_of_its_names_is_listed_once(store: Path, folder: Path, say: Say) -> None:
+    shutil.copytree(folder, store / "Mistral-7B-Instruct-v0.2")
+    listed = say("list")[1]
+    assert len(re.findall(r"(?i)^mistral-7b-instruct-v0.2 ", listed, re.MULTILINE)) == 1
+    assert re.search(r"^mistral-7b-instruct-v0.2 .*placed by hand", listed, re.MULTILINE)
+    assert facts(say("show", "mistral-7b")[1])["folder"] == str(store / "Mistral-7B-Instruct-v0.2")
+    assert say("rm", "Mistral-7B-Instruct-v0.2")[0] == 0
 
 
 def test_an_unfinished_pull_can_be_dropped(interrupted: tuple[int, str, str], store: Path, say: Say) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from IPython.core import completer
 from IPython.core.error import UsageError
 
 from mistral_nb.config import BACKENDS
+from mistral_nb.errors import ModelError
 from mistral_nb_magics.commands import COMMANDS
 from mistral_nb_magics.interpolate import lookup
 from mistral_nb_magics.options import FORMATS
@@ -85,7 +87,9 @@ def _models() -> list[str]:
     from mistral_nb.models import KNOWN, installed
 
     names = {name for model in KNOWN for name in (model.name, *model.aliases, model.hub_id)}
-    return sorted(names | {model.name for model in installed()})
+    with suppress(ModelError):  # a store that cannot be read is told when it is used
+        names |= {model.name for model in installed()}
+    return sorted(names)
 
 
 def add_completion(shell: InteractiveShell) -> None:

@@ -266,7 +266,7 @@ def _when_ready(search: _Search, record: EngineRecord) -> Running:
         if health and health.state == "ready":
             return Running(record, health)
         if health and health.state == "failed":
-            raise _not_started(f"could not load {search.model} ({health.error})", record.log)
+            raise EngineStartError(_load_failure(search.model, health.error, record.log))
         if health and health.state != "stopping":
             search.say(_loading(meter, health))
             deadline = time.monotonic() + _LISTEN_LIMIT
@@ -283,7 +283,14 @@ def _when_ready(search: _Search, record: EngineRecord) -> Running:
 
 def _loading(meter: Meter, health: Health) -> str:
     """`Loading the model`, with a bar once it is known how much there is to load."""
-    return meter.line(Progress("Loading the model", health.loaded, health.to_load))
+    step = "Loading the model"
+    return meter.line(Progress(step, health.loaded, health.to_load)) if health.to_load else step
+
+
+def _load_failure(model: str, error: str, log: str) -> str:
+    """In the engine's own words, which name the next step. Options of `serve` are settings here."""
+    settings = ". In a notebook these are the settings precision and context" if "--context" in error else ""
+    return f"the engine could not load {model}: {error}{settings}. Its log: {log}"
 
 
 def _not_started(what: str, log: str | Path, start: int = 0) -> EngineStartError:

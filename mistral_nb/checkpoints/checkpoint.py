@@ -40,7 +40,8 @@ class Checkpoint:
     """A folder whose every tensor is there, once, in its shape. `tensors` go by Mistral's names in either layout.
 
     `interleaved`: the rows of wq and wk are in interleaved RoPE order, else half-split. `tensors` lacks output.weight
-    where the embeddings are tied, which they are not, whatever the config says, where the files hold one. `files` are the config, the index if any, and the weight files.
+    where the embeddings are tied, which they are not, whatever the config says, where the files hold one. `files` are
+    the config, the index if any, and the weight files.
     """
 
     folder: Path

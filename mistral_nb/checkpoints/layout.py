@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,7 +82,15 @@ def _find_weights(folder: Path) -> WeightFiles:
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give the folder of a checkpoint")
     names = frozenset(path.name for path in folder.iterdir())
-    _refuse_unfinished(folder, names)
+    _refuse_unfinished(folder, sorted(names))
+    try:
+        return _whole(folder, names)
+    except ModelError:
+        _refuse_unfinished(folder, _hub_downloads(folder))
+        raise
+
+
+def _whole(folder: Path, names: frozenset[str]) -> WeightFiles:
     for name in SIDE_FILES:
         if name in names:
             stay_inside(folder / name)
@@ -97,15 +105,20 @@ def _find_weights(folder: Path) -> WeightFiles:
     return WeightFiles(layout, config, index, tuple(sorted(set(shards.values()))), shards)
 
 
-def _refuse_unfinished(folder: Path, names: frozenset[str]) -> None:
-    """Downloaders keep what they have not got whole under such names, beside the file or in folders of the hub's client."""
+def _hub_downloads(folder: Path) -> list[str]:
+    """What the hub's client has in the places where files grow. Some of it is left of downloads that were given up."""
     downloads = folder / _HUB_DOWNLOADS
     there = [path.relative_to(folder).as_posix() for path in downloads.iterdir()] if downloads.is_dir() else []
     whole = folder.resolve()
     blobs = whole.parent.parent / "blobs"
     if whole.parent.name == "snapshots" and blobs.is_dir():
         there += [f"../../blobs/{path.name}" for path in blobs.iterdir()]
-    for name in sorted((*names, *there)):
+    return sorted(there)
+
+
+def _refuse_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Downloaders keep what they have not got whole under such names."""
+    for name in names:
         if name.endswith(_UNFINISHED):
             raise ModelError(
                 f"{folder} is still being written: it holds {quoted(name)}; wait for that download to end, "
@@ -124,8 +137,8 @@ def _choose(folder: Path, names: frozenset[str]) -> tuple[Layout, str, str]:
         raise ModelError(f"{folder} holds {weights}, or its index, but no {config}; {AGAIN}")
     if "adapter_config.json" in names:
         raise ModelError(
-            f"{folder} is an adapter (adapter_config.json), not a whole model; give the folder of the model that it was "
-            "made for, or of one that it was merged into"
+            f"{folder} is an adapter (adapter_config.json), not a whole model; give the folder of the model that it "
+            "was made for, or of one that it was merged into"
         )
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
     if ggufs:

@@ -31,7 +31,7 @@ class TokenizerFacts:
     """`kind` is SentencePiece or BPE; `size` is the highest id + 1.
 
     `controls` are the texts that only a template or a raw prompt can write: in a tokenizer.json, of added tokens that
-    are special or have a sign in them. `added` are its added tokens by id, and `learnt` is the highest id + 1 of others.
+    are special or have a sign in them. `added` are its added tokens by id, `learnt` is the highest id + 1 of others.
     """
 
     kind: str

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from mistral_nb.models.known import EMBEDDED, KNOWN, KnownModel, find_known
 from mistral_nb.models.pull import pull
-from mistral_nb.models.store import InstalledModel, broken, canonical, installed, locate, remove, store_path, verify
+from mistral_nb.models.store import (
+    InstalledModel,
+    broken,
+    canonical,
+    installed,
+    locate,
+    remove,
+    store_path,
+    unfinished,
+    verify,
+)
 from mistral_nb.progress import Progress
 
 __all__ = [
@@ -21,5 +31,6 @@ __all__ = [
     "pull",
     "remove",
     "store_path",
+    "unfinished",
     "verify",
 ]

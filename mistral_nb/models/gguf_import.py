@@ -84,7 +84,9 @@ def _plan(source: Path) -> _Plan:
     header = read_header(source)
     family = header.value("general.architecture", str)
     if family != "llama":
-        raise ModelError(f"{source.name} is of the family {quoted(family)}; only llama is read here: choose another model")
+        raise ModelError(
+            f"{source.name} is of the family {quoted(family)}; only llama is read here: choose another model"
+        )
     _refuse_unapplied(header)
     vocabulary = read_vocabulary(header)
     config = _config(header, vocabulary)

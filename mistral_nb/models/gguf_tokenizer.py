@@ -48,8 +48,8 @@ def _byte_level(header: GgufHeader, vocabulary: GgufVocabulary) -> dict[str, Any
     pre = header.value("tokenizer.ggml.pre", str)
     if vocabulary.model != "gpt2" or pre not in _CUTS:
         raise ModelError(
-            f"the tokenizer of {header.path.name} ({quoted(vocabulary.model)}, {quoted(pre)}) is not known here; known are llama and, "
-            f"with gpt2, {' and '.join(_CUTS)}: choose another model, or its safetensors checkpoint"
+            f"the tokenizer of {header.path.name} ({quoted(vocabulary.model)}, {quoted(pre)}) is not known here; known "
+            f"are llama and, with gpt2, {' and '.join(_CUTS)}: choose another model, or its safetensors checkpoint"
         )
     pieces = {text: token for token, text in enumerate(vocabulary.tokens)}
     if len(pieces) != len(vocabulary.tokens):

@@ -190,7 +190,6 @@ def _check_before(downloader: Downloader, staging: Staging, hub_id: str, weights
     from mistral_nb.checkpoints import describe
 
     folder = staging.work / "headers"
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         for path in staging.files():
@@ -249,9 +248,7 @@ def _drop_all_but(files: Iterable[RemoteFile], staging: Staging) -> None:
     """Remove what another commit left."""
     keep = {path for file in files for path in _places(file, staging)}
     for path in (*staging.checkpoint.iterdir(), *staging.work.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path not in keep:
+        if path not in keep:
             path.unlink()
 
 

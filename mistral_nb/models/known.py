@@ -11,13 +11,18 @@ EMBEDDED = "smollm2-135m-instruct"
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model known by name. `stand_in` marks one that only stands in for Mistral-7B."""
+    """A model known by name: about `bytes` on disk, from a download of about `download` bytes.
+
+    `stand_in` marks one that only stands in for Mistral-7B.
+    """
 
     name: str
     aliases: tuple[str, ...]
     title: str
     licence: str
     hub_id: str
+    bytes: int
+    download: int
     stand_in: bool = False
 
 
@@ -28,6 +33,8 @@ KNOWN: tuple[KnownModel, ...] = (
         "SmolLM2 135M Instruct",
         "Apache-2.0",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
+        540_000_000,
+        93_000_000,
         stand_in=True,
     ),
     *(
@@ -37,6 +44,8 @@ KNOWN: tuple[KnownModel, ...] = (
             f"Mistral 7B Instruct {version}",
             "Apache-2.0",
             f"mistralai/Mistral-7B-Instruct-{version}",
+            14_500_000_000,
+            14_500_000_000,
         )
         for version, aliases in (
             ("v0.1", ()),

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mistral_nb.errors import PullError
 from mistral_nb.checkpoints.untrusted import stay_inside
+from mistral_nb.errors import PullError
 from mistral_nb.models.staging import PIECE, Fetched, Staging, file_sha256
 from mistral_nb.progress import Report
 

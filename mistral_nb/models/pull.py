@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mistral_nb.checkpoints.untrusted import quoted
+from mistral_nb.checkpoints.untrusted import AGAIN, quoted
 from mistral_nb.errors import ModelError, PullError
 from mistral_nb.locks import StartLock
-from mistral_nb.models.manifest import MANIFEST, FileEntry, Manifest, NewerFormat, read_manifest, strangers
+from mistral_nb.models.manifest import MANIFEST, FileEntry, Manifest, is_newer, read_manifest, strangers
 from mistral_nb.models.staging import Fetched, Source, Staging, file_sha256
 from mistral_nb.models.store import clear_leftovers, locate, locate_in_store, lock_path, store_folder, store_path
 from mistral_nb.progress import Progress, Report
@@ -69,9 +69,7 @@ def pull(
 class _Watch:
     """Passes progress on, not oftener than anybody can see, and ends the pull when the caller has cancelled it."""
 
-    def __init__(
-        self, staging: Staging, progress: Callable[[Progress], None], cancelled: Callable[[], bool]
-    ) -> None:
+    def __init__(self, staging: Staging, progress: Callable[[Progress], None], cancelled: Callable[[], bool]) -> None:
         self._staging = staging
         self._progress = progress
         self._cancelled = cancelled
@@ -98,17 +96,17 @@ def _pull_locked(staging: Staging, source: Source, revision: str | None, watch: 
     lock = StartLock(lock_path(source.name))
     try:
         lock.acquire(waiting)
-        return _here(source, revision) or _pull(staging, source, watch)
+        return _here(source, revision) or _pull(staging, source, revision, watch)
     finally:
         lock.release()
 
 
-def _pull(staging: Staging, source: Source, watch: Report) -> Path:
+def _pull(staging: Staging, source: Source, revision: str | None, watch: Report) -> Path:
     final, identity = store_folder(source.name), source.identity()
     damaged = _node(final)
     staging.begin(identity)
     try:
-        if not staging.sealed():
+        if not (staging.sealed() and _is_of(staging.checkpoint, revision)):
             fetched = source.fetch(staging, watch)
             _check(staging)
             staging.seal(_manifest(staging, identity, fetched, watch), watch)
@@ -130,7 +128,7 @@ def _here(source: Source, revision: str | None) -> Path | None:
         return None
     manifest = read_manifest(folder)
     come_from = manifest.source if manifest else {}
-    if revision and revision not in (come_from.get("revision"), come_from.get("commit")):
+    if not _is_of(folder, revision):
         raise PullError(
             f"{source.name} is in the store at revision {come_from.get('revision', 'unknown')}; "
             f"for {revision} run: mistral-nb rm {source.name}, and pull again"
@@ -150,21 +148,28 @@ def _here(source: Source, revision: str | None) -> Path | None:
     return folder
 
 
+def _is_of(folder: Path, revision: str | None) -> bool:
+    """Whether a revision, where one is asked for, is the one that was pulled, by its name or its commit."""
+    manifest = read_manifest(folder)
+    come_from = manifest.source if manifest else {}
+    return not revision or revision in (come_from.get("revision"), come_from.get("commit"))
+
+
 def _stamp(identity: dict[str, Any]) -> str:
     """What a manifest keeps of a source's identity, to tell whether it has changed."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _node(folder: Path) -> tuple[int, int] | None:
+def _node(folder: Path) -> tuple[int, int, int] | None:
     """What tells a folder from another one in its place; None where nothing is."""
     try:
         status = folder.lstat()
     except FileNotFoundError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _refuse_to_replace_others(folder: Path, damaged: tuple[int, int] | None) -> None:
+def _refuse_to_replace_others(folder: Path, damaged: tuple[int, int, int] | None) -> None:
     """`PullError` unless there is nothing, or still what was `damaged` when the pull began."""
     if not os.path.lexists(folder):
         return
@@ -182,17 +187,15 @@ def _refuse_to_replace_others(folder: Path, damaged: tuple[int, int] | None) -> 
 
 def _refuse_to_replace(folder: Path, problem: ModelError) -> None:
     """`PullError` for all but a folder whose every file a pull has brought: no pull replaces what is the user's."""
-    if folder.is_symlink() or (os.path.lexists(folder) and not (folder / MANIFEST).is_file()):
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not (folder / MANIFEST).is_file():
         raise PullError(
             f"{folder} was placed there by hand, and a pull would replace it ({problem}); move it away, or remove it "
             f"with: mistral-nb rm {folder.name}, then pull again"
         ) from problem
-    try:
-        read_manifest(folder)
-    except NewerFormat:
+    if is_newer(folder):
         raise PullError(str(problem)) from problem
-    except ValueError:
-        pass  # an older format names its files too, and an unreadable manifest names none
     others = strangers(folder)
     if others:
         names = ", ".join(map(quoted, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
@@ -209,8 +212,11 @@ def _check(staging: Staging) -> None:
     try:
         describe(staging.checkpoint)
     except ModelError as error:
+        if isinstance(error.__cause__, OSError):  # it may get better
+            raise error.__cause__ from None
         staging.remove()
-        raise ModelError(str(error).replace(str(staging.checkpoint), staging.name)) from error
+        told = str(error).replace(str(staging.checkpoint), staging.name).replace(AGAIN, "choose another model")
+        raise ModelError(told) from error
 
 
 def _manifest(staging: Staging, identity: dict[str, Any], fetched: Fetched, watch: Report) -> Manifest:
@@ -227,9 +233,7 @@ def _manifest(staging: Staging, identity: dict[str, Any], fetched: Fetched, watc
 def _disk_error(staging: Staging, store: Path, error: OSError) -> PullError:
     name = staging.name
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return PullError(
-            f"pulling {name} filled the disk of {store}; free some space and pull again; {staging.told()}"
-        )
+        return PullError(f"pulling {name} filled the disk of {store}; free some space and pull again; {staging.told()}")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return PullError(
             f"pulling {name} needs to write to {store}, which is not allowed ({error}); change that, or set "

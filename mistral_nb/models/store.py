@@ -24,8 +24,8 @@ from mistral_nb.checkpoints import find_files
 from mistral_nb.checkpoints.untrusted import readable
 from mistral_nb.errors import ModelError, UnknownModel
 from mistral_nb.locks import StartLock
-from mistral_nb.models.known import BY_NAME, KNOWN, KnownModel, find_known
-from mistral_nb.models.manifest import MANIFEST, Manifest, NewerFormat, damage, read_manifest, strangers
+from mistral_nb.models.known import BY_NAME, KNOWN, find_known
+from mistral_nb.models.manifest import MANIFEST, Manifest, damage, is_newer, read_manifest, strangers
 from mistral_nb.models.staging import file_sha256, staging_path
 from mistral_nb.progress import Progress
 
@@ -188,7 +188,7 @@ def locate(name: str) -> Path:
     store_name = canonical(name)
     if not Path(store_name).is_absolute():
         return locate_in_store(store_name)
-    return _whole(Path(store_name), f"copy it again, or, if you changed it yourself, remove its {MANIFEST}")
+    return _whole(Path(store_name), lambda: f"copy it again, or, if you changed it yourself, remove its {MANIFEST}")
 
 
 def locate_in_store(name: str) -> Path:
@@ -196,7 +196,7 @@ def locate_in_store(name: str) -> Path:
     folder = store_folder(name)
     if not os.path.isdir(folder):
         raise ModelError(f"{name} is not in the store; run: {_pull_command(name, folder)}")
-    return _whole(folder, _mending(name, folder))
+    return _whole(folder, lambda: _mending(name, folder))
 
 
 def verify(name: str, progress: Callable[[Progress], None] = lambda progress: None) -> list[str]:
@@ -327,17 +327,12 @@ def _mending(name: str, folder: Path) -> str:
     return f"run: {_pull_command(name, folder)}, {by_hand}"
 
 
-def _whole(folder: Path, advice: str) -> Path:
+def _whole(folder: Path, advice: Callable[[], str]) -> Path:
     with readable(folder):
-        try:
-            read_manifest(folder)
-        except NewerFormat as error:
-            raise ModelError(f"{folder} was pulled by a newer version ({error}); upgrade mistral-nb") from error
-        except ValueError:
-            pass  # `damage` says so
         problem = damage(folder)
         if problem:
-            raise ModelError(f"{folder} does not match its manifest ({problem}); {advice}")
+            mending = "upgrade mistral-nb" if is_newer(folder) else advice()
+            raise ModelError(f"{folder} does not match its manifest ({problem}); {mending}")
         find_files(folder)
     return folder
 
@@ -357,7 +352,7 @@ def _entries(*, hidden: bool = False) -> list[str]:
         return []
     except OSError as error:
         raise ModelError(
-            f"the store {store} cannot be read ({error.strerror}); change that, or set MISTRAL_NB_HOME to another folder"
+            f"the store {store} cannot be read ({error.strerror}); mend that, or set MISTRAL_NB_HOME to another folder"
         ) from error
 
 

@@ -10,7 +10,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,12 +23,13 @@ from mistral_nb import __version__, runtime
 from mistral_nb.config import AskedPrecision
 from mistral_nb.errors import ConfigurationError, EngineStartError
 from mistral_nb.models import find_known
-from mistral_nb.progress import Bar, Progress
+from mistral_nb.progress import Progress
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.server.app import create_app
 from mistral_nb.server.generation import Model
 from mistral_nb.server.holder import Holder
 from mistral_nb.server.routes import Endpoints, Identity
+from mistral_nb.server.terminal import Terminal, how_to_call
 
 __all__ = ["ServeOptions", "serve"]
 
@@ -49,8 +49,8 @@ class ServeOptions:
     """What to serve, and how.
 
     `model` is a store name or an absolute path, `folder` its checkpoint; `context` in tokens, None for all that the
-    model has; `idle_timeout` in seconds, 0 for never;
-    `managed` for a process that a notebook started: it writes to its log only, and no terminal signal reaches it.
+    model has; `idle_timeout` in seconds, 0 for never; `managed` for a process that a notebook started: it writes to its
+    log only, and no terminal signal reaches it.
     """
 
     model: str
@@ -72,13 +72,13 @@ def serve(options: ServeOptions) -> int:
     when an engine of this model is running already.
     """
     log_file = runtime.log_path(options.model)
-    _configure_logging(log_file, options.managed)
+    terminal = _configure_logging(log_file, options.managed)
     with _listen(options.host, options.port) as listener:
         record = _record(options, listener, log_file)
         with contextlib.nullcontext() if options.managed else runtime.start_lock(options.model):
             _refuse_second(options.model)
             runtime.write_record(record)
-        process = EngineProcess(options, record)
+        process = EngineProcess(options, record, terminal)
         try:
             asyncio.run(process.run(listener))
         finally:
@@ -93,10 +93,11 @@ def serve(options: ServeOptions) -> int:
 class EngineProcess:
     """Everything that lives as long as the event loop does."""
 
-    def __init__(self, options: ServeOptions, record: EngineRecord) -> None:
+    def __init__(self, options: ServeOptions, record: EngineRecord, terminal: Terminal | None) -> None:
         known = find_known(options.model)
         self._options = options
         self._record = record
+        self._terminal = terminal
         aliases = (*known.aliases, known.hub_id) if known else ()
         self.identity = Identity(options.model, aliases, options.serve_as, record.log)
         self.holder = Holder(self._load, record.log)
@@ -164,9 +165,7 @@ class EngineProcess:
 
     async def _announce(self, started: float) -> None:
         """Say in the log, and on a terminal, that the model is there."""
-        if not self._options.managed and sys.stderr.isatty():
-            await self._show_loading()
-        await self.holder.settled()
+        await self._show_loading()
         model = self.holder.model
         if self.holder.state == "failed":
             self.exit_code = 1
@@ -178,15 +177,15 @@ class EngineProcess:
         what = f"{self._options.model} on {info.device} ({info.precision}, context {info.context} tokens)"
         log.info("ready after %.1f s: %s", seconds, what)
         if not self._options.managed:
-            print(_how_to_call(self._options, self._record), flush=True)
+            print(how_to_call(self._record, self._options.idle_timeout), flush=True)
 
     async def _show_loading(self) -> None:
-        """A bar on the terminal until the model is there."""
-        bar, holder = Bar(sys.stderr), self.holder
-        while holder.state == "loading":
-            bar.show(Progress("Loading", holder.loaded, holder.to_load))
-            await asyncio.sleep(_TICK)
-        bar.close()
+        """Until it is settled how loading ends."""
+        settled = asyncio.ensure_future(self.holder.settled())
+        while not settled.done():
+            if self._terminal is not None and self.holder.to_load:
+                self._terminal.show(Progress("Loading the model", self.holder.loaded, self.holder.to_load))
+            await asyncio.wait((settled,), timeout=_TICK)
 
     async def _watch(self) -> None:
         """Ends the process when it is idle, when its model failed, or when another process took its place."""
@@ -304,43 +303,25 @@ def _refuse_second(model: str) -> None:
         )
 
 
-def _configure_logging(file: Path, managed: bool) -> None:
+def _configure_logging(file: Path, managed: bool) -> Terminal | None:
     """Our own log and everybody's warnings go to `file`; prompts and tokens are never logged.
 
     A managed process has nothing else: its standard streams, and the traces of a crash in native code, go there too.
-    In the foreground the terminal shows the same lines.
+    In the foreground the terminal, which is returned, shows the same lines.
     """
     if file.stat().st_size > _MAX_LOG:
         file.replace(file.with_suffix(".log.old"))
     handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [handler]
-    if managed:
+    terminal = None if managed else Terminal()
+    if terminal is not None:
+        handlers.append(terminal)
+    else:
         assert handler.stream is not None
         for standard in (1, 2):
             os.dup2(handler.stream.fileno(), standard)
-    else:
-        terminal = logging.StreamHandler()
-        terminal.setFormatter(logging.Formatter("%(message)s"))
-        handlers.append(terminal)
     logging.basicConfig(level=logging.WARNING, handlers=handlers)
     logging.getLogger("mistral_nb").setLevel(logging.INFO)
     faulthandler.enable()
-
-
-def _how_to_call(options: ServeOptions, record: EngineRecord) -> str:
-    """What a terminal shows once the model is there."""
-    import shlex
-    from urllib.parse import quote
-
-    read = f"import json; print(json.load(open({str(runtime.record_path(options.model))!r}))['token'])"
-    url = f"{record.base_url}/client/v4/accounts/local/ai/run/{quote(options.model, safe='/@')}"
-    lines = [
-        f"Ready at {record.base_url}. Try it:",
-        f"  TOKEN=$({shlex.quote(sys.executable)} -c {shlex.quote(read)})",
-        f"  curl -N {shlex.quote(url)} \\",
-        """    -H "Authorization: Bearer $TOKEN" -d '{"prompt": "Why is the sky blue?", "stream": true}'""",
-    ]
-    idle = f"It ends after {options.idle_timeout:g} s without a request; " if options.idle_timeout else ""
-    lines.append(f"{idle}Ctrl+C ends it now. Log: {record.log}")
-    return "\n".join(lines)
+    return terminal

@@ -40,6 +40,7 @@ def _(folder: Path) -> None:
 def _(folder: Path) -> None:
     (folder / ".cache/huggingface/download").mkdir(parents=True)
     (folder / ".cache/huggingface/download/abc.incomplete").write_bytes(b"x")
+    next(folder.glob("*.safetensors")).unlink()
 
 
 @broken("quantised config", r"config is that of a quantised checkpoint \(gptq\)", "config.json")

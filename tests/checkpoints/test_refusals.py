@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from mistral_nb.cli import main
 from tests.checkpoints import broken_folders, broken_weights, tiny
 from tests.checkpoints.broken import PAYLOAD, Broken
 
@@ -180,3 +181,13 @@ def test_the_watcher_sees_what_is_run(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
     events = {event for event, _ in json.loads(done.stdout)["checkpoint"]["events"]}
     assert events >= {"import", "compile", "exec", "open", "pickle.find_class"}
+
+
+def test_a_terminal_obeys_nothing_in_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even in the folder's own name, which is the user's."""
+    folder = tmp_path / "x\x1b]0;title\x07"
+    folder.mkdir()
+    assert main(["show", str(folder)]) == 1
+    shown = capsys.readouterr().err
+    assert "holds no weights" in shown
+    assert shown.rstrip("\n").isprintable()

@@ -18,7 +18,7 @@ from mistral_nb.engine.tokenizer import Tokenizer, load_tokenizer
 from mistral_nb.engine.vocabulary import JsonVocabulary, Vocabulary
 from mistral_nb.errors import InvalidRequest, ModelError
 from mistral_nb.types import Message
-from tests.engine.mistral_checkpoints import DATA, checkpoint
+from tests.engine.mistral_checkpoints import DATA
 from tests.engine.test_tokenizer import text_ids
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|s|>", "<|e|>", "<|user|>", "<|system|>", "<|assistant|>")
@@ -237,6 +237,8 @@ def added_tokens(folder: Path, *new: str, **changes: Any) -> None:
     data["added_tokens"] = [token | changes for token in data["added_tokens"]]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False) | {"normalized": True}
     first = len(data["model"]["vocab"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": first + len(new)}))
     data["added_tokens"] += [{"id": first + index, "content": text} | plain for index, text in enumerate(new)]
     (folder / "tokenizer.json").write_text(json.dumps(data))
 
@@ -280,6 +282,21 @@ def test_added_tokens_that_any_text_may_hold(with_template: Callable[..., Path])
     assert (ids.count(49152), ids.count(49153)) == (1, 0)
 
 
+def test_tokens_without_an_embedding_are_text(with_template: Callable[..., Path]) -> None:
+    """As the [PAD] of a training whose embeddings were not resized: its id would lie beyond them."""
+    folder = with_template("{{ messages[0].content }}<|pad|>")
+    added_tokens(folder, "<|pad|>", "xyzzy", "<think>")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 49152}))
+    tokenizer = load_tokenizer(folder)
+    text = "<|pad|> xyzzy <think>"
+    chat = tokenizer.encode_chat([Message("user", text)])
+    assert max(chat) < 49152
+    assert tokenizer.decode(chat) == f"{text}<|pad|>"
+    assert tokenizer.decode(tokenizer.encode_raw(text)) == text
+    assert max(tokenizer.encode_raw(text)) < 49152
+
+
 def test_bos_is_added_where_the_tokenizer_adds_it(with_template: Callable[..., Path]) -> None:
     folder = with_template(None)
     assert load_tokenizer(folder).bos_id is None
@@ -294,23 +311,6 @@ def test_bos_is_added_where_the_tokenizer_adds_it(with_template: Callable[..., P
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert load_tokenizer(folder).bos_id is None
-
-
-def rendered(tokenizer: Tokenizer) -> str:
-    return tokenizer.render_chat([Message("user", "Hi")])
-
-
-@pytest.mark.parametrize("as_json", [False, True])
-def test_a_mistral_fine_tune_keeps_its_own_template(tmp_path: Path, as_json: bool) -> None:
-    folder = checkpoint(tmp_path / "tune", "v1", as_json=as_json)
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "<s>{{ messages[0].content }}</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(folder)
-    assert rendered(tokenizer) == "<s>Hi</s>"
-    assert tokenizer.encode_chat([Message("user", "a</s>b")]) == [1, *text_ids(tokenizer, "a</s>b"), 2]
-    settings["chat_template"] = "[INST] {{ 'anything' }} [/INST]"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert rendered(load_tokenizer(folder)) == "<s>[INST] Hi [/INST]"
 
 
 ODD_IDS = json.dumps(

@@ -234,6 +234,17 @@ def test_user_text_holds_no_control_token(mistral: dict[str, Tokenizer], kind: s
     assert tokenizer.decode(ids) == "".join(controls) + " ".join(controls) + "<unk>"
 
 
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_a_folder_in_mistrals_own_layout(mistral: dict[str, Tokenizer], version: str, tmp_path: Path) -> None:
+    """With params.json in the place of config.json, which names no family and no end token."""
+    folder = checkpoint(tmp_path / version, version, as_json=False)
+    (folder / "config.json").rename(folder / "params.json")
+    tokenizer = load_tokenizer(folder)
+    for turns in CONVERSATIONS.values():
+        assert tokenizer.encode_chat(messages(turns)) == mistral[version].encode_chat(messages(turns))
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, {2})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_facts(mistral: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = mistral[kind]

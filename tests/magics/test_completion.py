@@ -61,6 +61,12 @@ def test_what_is_in_the_store_is_offered(tmp_path: Path, monkeypatch: pytest.Mon
         assert candidates(line, line, NAMES, OPTIONS) == ("own", ["own-model"])
 
 
+def test_a_store_that_cannot_be_read_is_no_error_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "loop"))
+    assert candidates("%mistral pull emb", "%mistral pull emb", NAMES, OPTIONS) == ("emb", ["embedded"])
+
+
 def test_model_names_are_offered() -> None:
     _, found = candidates("%%mistral --model mistral-7b-instruct-v0.", "%%mistral", NAMES, OPTIONS)
     assert found == [f"mistral-7b-instruct-v0.{number}" for number in (1, 2, 3)]

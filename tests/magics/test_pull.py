@@ -62,7 +62,7 @@ def test_an_interrupt_keeps_what_was_fetched(hub: HubServer, kernel: Kernel) -> 
     assert len(result.reply["traceback"]) == 1
     (saved,) = result.saved
     assert re.fullmatch(
-        r"■ stopped here: what was fetched is kept \([\d.]+ MB\): the next pull of org/tiny goes on from there, "
+        r"■ stopped here: what was fetched is kept \([\d.]+ MB\): the next pull goes on from there, "
         r"and mistral-nb rm org--tiny drops it",
         saved.plain,
     )

@@ -256,10 +256,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, seen: Seen, content: bytes, kind: str = "application/octet-stream") -> None:
         """A file from the byte that is asked for, or what the next fault makes of it."""
-        fault = self.hub.take_fault(seen.what)
+        fault = self.hub.take_fault(seen.what) or Fault("none")
         start, end = seen.start, len(content) if seen.end is None else min(seen.end + 1, len(content))
         length, part = end - start, start > 0 or seen.end is not None
-        match fault and fault.kind:
+        match fault.kind:
             case "status":
                 self.answer(seen, fault.status, fault.headers, fault.body)
                 return
@@ -287,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         if part:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
-        if fault and fault.kind == "chunked":
+        if fault.kind == "chunked":
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             piece = content[start : fault.at]
@@ -296,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_header("Content-Length", str(length))
         self.end_headers()
-        if fault and fault.kind in ("cut", "whole and cut", "stalled"):
+        if fault.kind in ("cut", "whole and cut", "stalled"):
             self.write(seen, content[start : fault.at])
             fault.happened.set()
             if fault.kind != "stalled":

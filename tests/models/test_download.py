@@ -206,9 +206,7 @@ def test_a_wait_that_is_asked_for_is_kept_and_shown(hub: HubServer, what: str, h
 
 
 @pytest.mark.parametrize("asked", ["0", formatdate(0, usegmt=True)], ids=["no seconds", "a date in the past"])
-def test_asking_for_no_wait_is_no_reason_to_hurry(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, asked: str
-) -> None:
+def test_asking_for_no_wait_is_no_reason_to_hurry(hub: HubServer, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     monkeypatch.setattr("mistral_nb.models.download.FIRST_WAIT_S", 0.02)
     hub.fail(LISTING, status(503, Retry_After=asked), always=True)
     began = time.monotonic()
@@ -268,7 +266,7 @@ def test_cancelling_while_nothing_comes(hub: HubServer, store: Path, undisturbed
             ended.append(time.monotonic())
         return bool(ended)
 
-    with pytest.raises(PullError, match="was cancelled; the next pull goes on from there"):
+    with pytest.raises(PullError, match=r"was cancelled; what was fetched is kept \(.+\): the next pull goes"):
         models.pull(ID, cancelled=cancelled)
     assert time.monotonic() - ended[0] < 1
     assert part(store).stat().st_size == HALF
@@ -346,7 +344,7 @@ def test_the_disk_fills_in_the_middle(hub: HubServer, undisturbed: dict[str, str
 
 def test_without_room_no_weights_are_fetched(hub: HubServer, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(2_000_000))
-    with pytest.raises(PullError, match=r"pulling org--mistral needs 4 MB in .+, where \d MB are free; free some"):
+    with pytest.raises(PullError, match=r"pulling org--mistral needs 3.9 MB in .+, where \d.\d MB are free; free some"):
         models.pull(ID)
     assert hub.asked("params.json")
     assert not hub.asked(WEIGHTS)

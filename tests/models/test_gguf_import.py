@@ -269,10 +269,19 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count = '8', which this engine does not apply"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type = 'yarn', which this engine"),
         ({"metadata": {"llama.rope.scale_linear": 4.0}}, "llama.rope.scale_linear = '4.0'"),
+        ({"metadata": {"llama.rope.scaling.factor": 4.0}}, r"llama.rope.scaling.factor = '4\.0', which this engine"),
+        ({"metadata": {"llama.rope.scaling.attn_factor": 2.0}}, r"scaling.attn_factor = '2\.0', which this engine"),
+        ({"metadata": {"llama.rope.freq_base_swa": 1e4}}, "llama.rope.freq_base_swa = '10000.0', which this engine"),
+        ({"metadata": {"llama.attention.scale": 0.5}}, r"llama.attention.scale = '0\.5', which this engine"),
+        ({"metadata": {"llama.attention.\x1b[2J": 1}}, r"llama\.attention\.\\x1b\[2J = '1', which this engine"),
+        ({"pre": "\x1b[2J"}, r"gpt2, \\x1b\[2J\) is not known"),
         ({"metadata": {"llama.attention.causal": False}}, "llama.attention.causal = 'False'"),
         ({"metadata": {"llama.rope.dimension_count": 16}}, "rope.dimension_count = 16 beside heads of 32"),
         ({"metadata": {"llama.attention.value_length": 16}}, "value_length = 16 beside heads of 32"),
-        ({"metadata": {"llama.attention.head_count_kv": [1, 1]}}, r"\[1, 1\] for llama.attention.head_count_kv, which"),
+        (
+            {"metadata": {"llama.attention.head_count_kv": [1, 1]}},
+            r"a list of 2 for llama.attention.head_count_kv, which",
+        ),
         ({"metadata": {"llama.attention.head_count": 0}}, "has 0 heads for 64"),
         ({"metadata": {"llama.attention.head_count_kv": 3}}, "2 query heads cannot share 3"),
         ({"metadata": {"llama.block_count": 10_000_000}}, "tells of 10000000 layers and has 20 tensors"),
@@ -292,6 +301,12 @@ def test_conversion_refuses_what_it_would_get_wrong(tmp_path: Path, options: dic
     with pytest.raises(ModelError, match=problem):
         converted(tiny_gguf(tmp_path / "tiny.gguf", **options), folder)
     assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("scaling", [{"factor": 1.0}, {"type": "none", "factor": 4.0, "finetuned": False}], ids=str)
+def test_a_scaling_that_does_nothing(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    metadata = {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
+    assert converted(tiny_gguf(tmp_path / "tiny.gguf", metadata=metadata), tmp_path / "checkpoint")
 
 
 def test_the_parts_of_a_split_file_are_named(tmp_path: Path) -> None:

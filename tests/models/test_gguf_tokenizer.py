@@ -21,7 +21,7 @@ from mistral_nb.errors import ModelError
 from mistral_nb.models.gguf_import import convert
 from mistral_nb.types import Message
 from tests.engine.mistral_checkpoints import checkpoint, processor
-from tests.models.tiny_gguf import CHATML, add_sentencepiece, tiny_gguf
+from tests.models.tiny_gguf import CHATML, add_sentencepiece, add_vocabulary, tiny_gguf
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 LISTED = {"v1": ["<unk>", "<s>", "</s>"], "v3": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"]}
@@ -132,6 +132,64 @@ def test_whose_chat_format_a_model_has(tmp_path: Path) -> None:
     window = made(tmp_path / "window", sentencepiece("v1", template=CHATML), metadata={WINDOW: 64})
     assert (describe(window).args.sliding_window, describe(window).architecture) == (64, "Mistral")
     assert chat_of(window).startswith("chat template")
+    for name, template in (("thinks", TEMPLATE + "<think>"), ("turns", TEMPLATE + "<|im_end|>")):
+        assert chat_of(made(tmp_path / name, sentencepiece("v1", template=template))).startswith("chat template")
+
+
+V01 = {"llama.rope.freq_base": 10000.0, "llama.context_length": 32768}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "template", "window"),
+    [
+        (V01, TEMPLATE, 4096),
+        ({**V01, WINDOW: 512}, TEMPLATE, 512),
+        ({**V01, WINDOW: 0}, TEMPLATE, None),
+        ({**V01, "llama.rope.freq_base": 1e6}, TEMPLATE, None),
+        ({**V01, "llama.context_length": 4096}, TEMPLATE, None),
+        (V01, CHATML, None),
+    ],
+)
+def test_the_window_of_v01(tmp_path: Path, metadata: dict[str, Any], template: str, window: int | None) -> None:
+    folder = made(tmp_path / "made", sentencepiece("v1", template=template), metadata=metadata)
+    assert describe(folder).args.sliding_window == window
+
+
+MARKS = "{% for m in messages %}<|im_start|>{{ m.content }}<think></s>{% endfor %}{#=!=#}"
+
+
+@pytest.mark.parametrize("kind", [1, 4], ids=["as the converter writes it", "user-defined"])
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_text_cannot_become_a_token_that_the_template_writes(tmp_path: Path, kind: int, version: str) -> None:
+    first = 31000
+    by_hand = ["<|im_start|>", "<think>", "<|not_named|>", "<tag>", "=!="]
+
+    def vocabulary(writer: GGUFWriter) -> int:
+        size = add_sentencepiece(writer, processor(version), template=MARKS)
+        for token, text in enumerate(by_hand, first):
+            for name, value in (("tokens", text.encode()), ("scores", 0.0), ("token_type", kind)):
+                writer.kv_data[0][f"tokenizer.ggml.{name}"].value[token] = value
+        return size
+
+    ours = load_tokenizer(made(tmp_path / "made", vocabulary))
+    marks = {first, first + 1, first + 2}
+    ids = ours.encode_chat([Message("user", "a <|im_start|> <think> <|not_named|> <tag> =!= b")])
+    assert [token for token in ids if token in marks | {2}] == [first, first + 1, 2]
+    if kind == 4:
+        assert {first + 3, first + 4} <= set(ids)
+
+
+def test_a_byte_level_token_that_the_template_writes(tmp_path: Path) -> None:
+    def vocabulary(writer: GGUFWriter) -> int:
+        size = add_vocabulary(writer, "smollm")
+        fields = writer.kv_data[0]
+        fields["tokenizer.ggml.tokens"].value.append("<think>")
+        fields["tokenizer.ggml.token_type"].value.append(4)
+        fields["tokenizer.chat_template"].value = "{% for m in messages %}{{ m.content }}<think>{% endfor %}"
+        return size + 1
+
+    ours = load_tokenizer(made(tmp_path / "made", vocabulary))
+    assert ours.encode_chat([Message("user", "<think>")]).count(ours.vocab_size - 1) == 1
 
 
 def test_no_space_goes_before_a_text_where_the_file_says_so(tmp_path: Path) -> None:

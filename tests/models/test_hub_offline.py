@@ -17,7 +17,7 @@ from mistral_nb import models
 from mistral_nb.errors import ConfigurationError, ModelError, PullError
 from mistral_nb.models.hub import endpoint_of_environment
 from mistral_nb.models.hub_failures import Hub
-from tests.models.hub_server import HubServer, Repo, use_hub
+from tests.models.hub_server import LISTING, Fault, HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded
 
 CLI = r"`hf download org/sharded --local-dir org--sharded --exclude \"\*.bin\"`"
@@ -102,9 +102,11 @@ def answering(answer: bytes) -> Iterator[int]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 @pytest.mark.parametrize(
@@ -132,13 +134,16 @@ def test_a_refusal_of_an_endpoint_in_another_spelling(
     assert len(hub.seen) == 1
 
 
+@pytest.mark.parametrize("code", ["RepoNotFound", ""])
 def test_a_refusal_of_a_hub_that_the_endpoint_redirects_to(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
+    hub.repos["org/none"] = Repo({})
+    hub.fail(LISTING, Fault("status", status=401, headers={"X-Error-Code": code}), always=True)
     head = f"HTTP/1.1 307 Temporary Redirect\r\nLocation: {hub.endpoint}/api/models/org/none?blobs=true\r\n"
     with answering(f"{head}Content-Length: 0\r\nConnection: close\r\n\r\n".encode()) as port:
         use_hub(monkeypatch, f"http://127.0.0.1:{port}", tmp_path)
-        with pytest.raises(PullError, match=rf"^127.0.0.1:{port} shows no org/none \(HTTP 401: .+\); check its name"):
+        with pytest.raises(PullError, match=rf"^127.0.0.1:{port} shows no org/none \(HTTP 401\); check its name"):
             models.pull("org/none")
     assert len(hub.seen) == 1
 
@@ -200,7 +205,16 @@ def test_a_certificate_that_is_not_trusted(store: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["huggingface.co", "ftp://x", "http://", "http://user:hunter2@", "http://[", "http://x:y", "http://u:a/b@x"],
+    [
+        "huggingface.co",
+        "ftp://x",
+        "http://",
+        "http://user:hunter2@",
+        "http://[",
+        "http://x:y",
+        "http://u:a/b@x",
+        "http://-ü.de",
+    ],
 )
 def test_an_endpoint_that_is_none(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     use_hub(monkeypatch, endpoint, tmp_path)

