@@ -97,7 +97,7 @@ def test_a_long_header_is_read_whole(hub: HubServer) -> None:
 
 @pytest.mark.parametrize("kind", ["whole", "short", "cut", "elsewhere", "drop"])
 def test_a_header_that_does_not_come_as_asked(hub: HubServer, kind: str) -> None:
-    hub.fail(header_of("model.safetensors"), Fault(kind, 100))
+    hub.fail(header_of("model.safetensors"), Fault(kind, 100), Fault(kind, 100))
     assert models.verify(models.pull("org/single").name) == []
 
 
@@ -134,18 +134,19 @@ def test_a_sealed_folder_of_another_revision_is_not_taken(hub: HubServer) -> Non
     assert not hub.asked("model.safetensors", "cdn")[1:]
 
 
-def test_a_sealed_folder_is_not_mixed_with_another_revision(hub: HubServer) -> None:
-    """The other one is cut short when it has replaced a file by one of the same size."""
-    hub.repos["org/single"].tags = ("v1",)
+def test_a_sealed_folder_is_not_mixed_with_another_revision(hub: HubServer, store: Path) -> None:
+    """The other one is cancelled when it has replaced one file of two by another of the same size."""
+    repo = hub.repos["org/single"]
+    repo.tags = ("v1",)
     folder = models.pull("org/single")
     seal(folder)
-    files = hub.repos["org/single"].files
-    files["config.json"] = files["config.json"].replace(b"2048", b"1024")
-    files["README.md"] = files["README.md"].upper()
-    hub.fail("README.md", Fault("status", status=429, headers={"Retry-After": "3600"}), always=True)
-    for revision in ("v1", None):
-        with pytest.raises(PullError, match="asks to wait"):
-            models.pull("org/single", revision=revision)
+    repo.files["config.json"] = repo.files["config.json"].replace(b"2048", b"1024")
+    repo.files["README.md"] = repo.files["README.md"].upper()
+    config = staging_path(store, folder.name) / "checkpoint" / "config.json"
+    with pytest.raises(PullError, match="was cancelled"):
+        models.pull("org/single", revision="v1", cancelled=lambda: config.is_file() and b"1024" in config.read_bytes())
+    folder = models.pull("org/single")
+    assert (folder / "README.md").read_bytes() == repo.files["README.md"]
 
 
 def test_a_disk_that_fails_is_not_the_models_fault(hub: HubServer, store: Path) -> None:
