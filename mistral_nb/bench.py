@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -151,14 +151,23 @@ def run(model: str = "embedded", runs: int = 5, path: Path | None = None) -> int
     assert bench.served is not None
     report = {**machine(), "model": bench.served.model, "device": bench.served.device}
     print(f"{report['model']} on {report['device']} ({report['cpu']}, {report['cores']} cores)")
+    print_table(measurements)
+    write_report(report, measurements, path)
+    return 0
+
+
+def print_table(measurements: Sequence[Measurement]) -> None:
     print(f"{'':<38} {'median':>8} {'':<9} {'p20..p80':<16} runs   bar")
     print("\n".join(map(str, measurements)))
+
+
+def write_report(report: Mapping[str, Any], measurements: Sequence[Measurement], path: Path | None) -> None:
+    """`report` with the measurements as JSON, to `path` or else to stdout."""
     text = json.dumps({**report, "measurements": [asdict(item) for item in measurements]}, indent=2)
     if path is None:
         print(text)
     else:
         path.write_text(text + "\n", encoding="utf-8")
-    return 0
 
 
 def check_writable(path: Path) -> None:

@@ -18,11 +18,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mistral_nb.bench import Measurement, check_writable, machine
+from mistral_nb.bench import Measurement, check_writable, machine, print_table, write_report
 from mistral_nb.checkpoints import ModelArgs
 from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
 from mistral_nb.errors import MistralError
@@ -58,16 +57,10 @@ def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None) -> int:
     measurements = [Measurement.of(name, "GB/s", values, _bar(name)) for name, values in series.items()]
     report = {**machine(), "checkpoint_bytes": size, "shards": len(files), "peak_bytes": memory}
     print(f"{size / 1e9:.2f} GB of bf16 in {len(files)} shards ({report['cpu']}, {report['cores']} cores)")
-    print(f"{'':<38} {'median':>8} {'':<9} {'p20..p80':<16} runs   bar")
-    for each in measurements:
-        print(each)
+    print_table(measurements)
     for line in _conclusions(measurements, memory, size):
         print(line)
-    text = json.dumps({**report, "measurements": [asdict(item) for item in measurements]}, indent=2)
-    if path is None:
-        print(text)
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
+    write_report(report, measurements, path)
     return 0
 
 
