@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 
+MONOSPACED_BAR = """() => [...document.querySelectorAll(".jp-OutputArea-output pre")].some(
+    bar => bar.textContent.includes("B/s") && /mono/i.test(getComputedStyle(bar).fontFamily)
+)"""
+"""Found and looked at in one go: each report puts a new element in the place of the last, which then has no style."""
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
@@ -47,7 +52,7 @@ def test_the_bar_is_shown_and_goes(own_lab: Lab, hub: HubServer, page: Page) -> 
     bar.wait_for()
     shown = bar.inner_text()
     assert re.search(r"  \d+%  █{5,}░{5,}  [\d.]+ of [\d.]+ MB  [\d.]+ .?B/s", shown), shown
-    assert "mono" in bar.evaluate("element => getComputedStyle(element).fontFamily").lower()
+    page.wait_for_function(MONOSPACED_BAR)
     assert output(pull).count() == 1
     fault.over.set()
     wait_done(pull, 2)
