@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mistral_nb.answer import Answer, Result, Timings
     from mistral_nb.asking import ask, stream
     from mistral_nb.errors import (
+        AdapterError,
         AuthenticationError,
         BackendError,
         ConfigurationError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mistral_nb.types import Chunk, Description, Function, GenerationRequest, Message, Usage
 
 __all__ = [
+    "AdapterError",
     "Answer",
     "AuthenticationError",
     "BackendError",

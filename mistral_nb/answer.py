@@ -44,6 +44,8 @@ class Result:
     usage: Usage | None = None
     timings: Timings = field(default_factory=lambda: Timings(None, 0.0, None))
     tool_calls: tuple[dict[str, Any], ...] = ()
+    neurons: float | None = None
+    request_id: str | None = None
 
     @property
     def backend(self) -> str:
@@ -106,6 +108,8 @@ class Result:
             "ttft_s": self.timings.ttft,
             "total_s": self.timings.total,
             "tokens_per_second": self.timings.tokens_per_second,
+            "neurons": self.neurons,
+            "request_id": self.request_id,
         }
 
     def __str__(self) -> str:
@@ -201,6 +205,8 @@ class Answer:
             usage=self._last.usage,
             timings=self._timings(self._last.usage),
             tool_calls=self._last.tool_calls,
+            neurons=self._last.neurons,
+            request_id=self._last.request_id,
         )
 
     def _served_by(self) -> Description:

@@ -32,9 +32,10 @@ __all__ = [
     "load_settings",
 ]
 
-BACKENDS = ("auto", "cloudflare", "local")
+BACKENDS = ("auto", "cloudflare", "local", "openai")
 AskedPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 PRECISIONS: tuple[AskedPrecision, ...] = get_args(AskedPrecision)
+FALLBACK_MODEL = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
 CLOUDFLARE_URL = "https://api.cloudflare.com/client/v4"
 USE_LOCAL = 'use the local engine: --backend local, in Python backend="local"'
 
@@ -75,7 +76,10 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `variables` are read in this order; numbers are bounded by `minimum` and `maximum`."""
+    """One setting. `variables` are read in this order; numbers are bounded by `minimum` and `maximum`.
+
+    An empty text means unset, except where `may_be_empty`: there it is a value.
+    """
 
     name: str
     kind: Kind
@@ -84,10 +88,17 @@ class Setting:
     variables: tuple[str, ...] = ()
     minimum: float = 0.1
     maximum: float = 604_800
+    may_be_empty: bool = False
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("backend", "backend", f"Who answers: {', '.join(BACKENDS)}.", "auto", ("MISTRAL_NB_BACKEND",)),
+    Setting(
+        "backend",
+        "backend",
+        f"Who answers: {', '.join(BACKENDS)}, or the https:// address of a `mistral-nb serve`.",
+        "auto",
+        ("MISTRAL_NB_BACKEND",),
+    ),
     Setting("model", "text", "The model; unset is the backend's own choice.", None, ("MISTRAL_NB_MODEL",)),
     Setting(
         "precision",
@@ -134,6 +145,14 @@ SETTINGS: tuple[Setting, ...] = (
         60.0,
         ("MISTRAL_NB_STALL_TIMEOUT",),
     ),
+    Setting(
+        "retry_deadline",
+        "seconds",
+        "Seconds within which a request that failed before its first text is tried again; 0 is never.",
+        30.0,
+        ("MISTRAL_NB_RETRY_DEADLINE",),
+        minimum=0,
+    ),
     Setting("cloudflare_account_id", "text", "Cloudflare account id.", None, ("CLOUDFLARE_ACCOUNT_ID",)),
     Setting(
         "cloudflare_api_token",
@@ -156,6 +175,35 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         ("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL",),
     ),
+    Setting(
+        "cloudflare_fallback_model",
+        "text",
+        "The model to ask once when Cloudflare has withdrawn the one that was asked for; empty for none.",
+        FALLBACK_MODEL,
+        ("MISTRAL_NB_CLOUDFLARE_FALLBACK_MODEL",),
+        may_be_empty=True,
+    ),
+    Setting(
+        "openai_base_url",
+        "url",
+        "Where an OpenAI-compatible server is, with its version: https://host:port/v1.",
+        None,
+        ("MISTRAL_NB_OPENAI_BASE_URL",),
+    ),
+    Setting(
+        "openai_api_key",
+        "secret",
+        "The key of the OpenAI-compatible server, where it wants one.",
+        None,
+        ("MISTRAL_NB_OPENAI_API_KEY",),
+    ),
+    Setting(
+        "server_token",
+        "secret",
+        "The token of a `mistral-nb serve`: which it asks for, and which is sent to one on another machine.",
+        None,
+        ("MISTRAL_NB_SERVER_TOKEN",),
+    ),
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -172,10 +220,15 @@ class Settings:
     connect_timeout: float = 10.0
     first_token_timeout: float = 300.0
     stall_timeout: float = 60.0
+    retry_deadline: float = 30.0
     cloudflare_account_id: str | None = None
     cloudflare_api_token: Secret | None = None
     cloudflare_base_url: str = CLOUDFLARE_URL
     cloudflare_trust_base_url: bool = False
+    cloudflare_fallback_model: str = FALLBACK_MODEL
+    openai_base_url: str | None = None
+    openai_api_key: Secret | None = None
+    server_token: Secret | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def source(self, name: str) -> str:
@@ -199,7 +252,8 @@ def load_settings(
     source: str = "%config Mistral",
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings in force. `overrides` come before the environment and the file; None and "" in it mean unset.
+    """The settings in force. `overrides` come before the environment and the file; None and "" in it mean unset ("" is
+    a value where the setting may be empty).
 
     Raises `ConfigurationError` naming the setting, its source, its value and what is allowed.
     """
@@ -210,7 +264,8 @@ def load_settings(
     layers = (_from_mapping(overrides or {}, source), _from_environment(environ), _from_file(path))
     for layer in layers:
         for name, value, origin in layer:
-            if name not in values and value is not None and value != "":
+            given = value is not None and (value != "" or _BY_NAME[name].may_be_empty)
+            if given and name not in values:
                 values[name] = _checked(_BY_NAME[name], value, origin)
                 sources[name] = origin
     return Settings(**values, sources=sources)
@@ -235,7 +290,8 @@ def _from_mapping(values: Mapping[str, Any], source: str) -> _Layer:
 def _from_environment(environ: Mapping[str, str]) -> _Layer:
     for setting in SETTINGS:
         for variable in setting.variables:
-            yield setting.name, environ.get(variable, "").strip(), variable
+            value = environ.get(variable)
+            yield setting.name, value if value is None else value.strip(), variable
 
 
 def _from_file(path: Path) -> _Layer:
@@ -295,7 +351,9 @@ def _secret(value: Any, origin: str) -> Secret:
 
 
 def check_backend(name: Any, origin: str) -> str:
-    """`name` if it is a backend's, else `ConfigurationError` listing them."""
+    """`name` if it is a backend's or an address, else `ConfigurationError` listing them."""
+    if isinstance(name, str) and re.match(r"https?://", name):
+        return name.rstrip("/")
     return _choice(name, origin, "backend", BACKENDS)
 
 

@@ -7,7 +7,8 @@
     │   └── MissingDependency     a package is not installed: names the command that installs it
     ├── ModelError                a model is unknown, not there, or its files are wrong
     │   ├── UnknownModel
-    │   └── PullError             fetching a model failed
+    │   ├── PullError             fetching a model failed
+    │   └── AdapterError          a LoRA adapter is unknown, or its files are wrong
     └── BackendError              the peer did not answer as it should: carries code and HTTP status
         ├── AuthenticationError
         ├── RateLimited
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mistral_nb.answer import Result
 
 __all__ = [
+    "AdapterError",
     "AuthenticationError",
     "BackendError",
     "ConfigurationError",
@@ -101,6 +103,14 @@ class UnknownModel(ModelError):
 
 class PullError(ModelError):
     """Fetching a model failed; nothing half-done is to be found, and the next pull goes on with what was fetched."""
+
+
+class AdapterError(ModelError):
+    """A LoRA adapter cannot be used. `problems` holds each one, where several were found."""
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 class BackendError(MistralError):

@@ -306,7 +306,8 @@ class Chunk:
 
     `status` is a transient line such as "Loading the model" before the first text. The last chunk carries
     `finish_reason`, `usage` where the peer told it, and `tool_calls` where the reason is `tool_calls`. `model` is set
-    once the peer has said which model answers.
+    once the peer has said which model answers. `neurons` (Cloudflare's unit of cost) and `request_id` come on the last
+    chunk, where the peer told them.
     """
 
     text: str = ""
@@ -315,6 +316,8 @@ class Chunk:
     usage: Usage | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     model: str | None = None
+    neurons: float | None = None
+    request_id: str | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.server.schemas import WireError
@@ -28,11 +28,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of an answer; the last piece has a finish reason and the usage."""
+    """Some text of an answer; the last piece has a finish reason, the usage and the calls as [{name, arguments}]."""
 
     text: str
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     usage: Usage | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
