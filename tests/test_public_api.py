@@ -15,6 +15,7 @@ from mistral_nb import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {
+    "AdapterError",
     "Answer",
     "AuthenticationError",
     "BackendError",
