@@ -86,11 +86,11 @@ def _rm(options: argparse.Namespace) -> int:
     """Remove a model from the store, with what an unfinished pull of it left. Refused while an engine has it loaded."""
     from mistral_nb.config import load_settings
     from mistral_nb.engine_control import status
-    from mistral_nb.models import remove, store_path
-    from mistral_nb.models.store import removable
+    from mistral_nb.models import remove
+    from mistral_nb.models.store import removable, store_folder
 
     name = removable(options.model)
-    folder = (store_path() / name).resolve()
+    folder = store_folder(name).resolve()
     for engine in status(load_settings()):
         loaded = engine.record.model
         if loaded == name or (Path(loaded).is_absolute() and Path(loaded).resolve() == folder):

@@ -269,23 +269,32 @@ def test_what_is_broken_is_listed_with_the_reason(store: Path, folder: Path, say
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("by_path", [False, True])
-def test_rm_is_refused_while_an_engine_has_the_model(store: Path, folder: Path, say: Say, by_path: bool) -> None:
-    say("pull", folder)
-    loaded = str(store / "my-model") if by_path else "my-model"
+@pytest.mark.parametrize(
+    ("place", "name", "by_path"),
+    [
+        ("my-model", "my-model", False),
+        ("my-model", "my-model", True),
+        ("Mistral-7B-Instruct-v0.2", "mistral-7b-instruct-v0.2", True),
+    ],
+)
+def test_rm_is_refused_while_an_engine_has_the_model(
+    store: Path, folder: Path, say: Say, place: str, name: str, by_path: bool
+) -> None:
+    shutil.copytree(folder, store / place)
+    loaded = str(store / place) if by_path else name
     waiting = [sys.executable, "-c", "input()", "mistral-nb", "serve"]
     with subprocess.Popen(waiting, stdin=subprocess.PIPE) as engine:
         record = EngineRecord(engine.pid, 9, "token", loaded, "0", runtime.PROTOCOL, "log", 0.0)
         runtime.write_record(record)
-        status, _, error = say("rm", "my-model")
+        status, _, error = say("rm", name)
         assert status == 1
         assert error == (
-            f"mistral-nb: my-model is loaded by an engine (process {engine.pid}); "
+            f"mistral-nb: {name} is loaded by an engine (process {engine.pid}); "
             f"end it with: mistral-nb stop {loaded}, then remove it\n"
         )
-        assert (store / "my-model").is_dir()
+        assert (store / place).is_dir()
         engine.communicate(b"\n")
-    assert say("rm", "my-model")[0] == 0
+    assert say("rm", name)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,12 @@ class ModelArgs:
             dim=dim,
             n_layers=config["num_hidden_layers"],
             n_heads=n_heads,
-            n_kv_heads=config.get("num_key_value_heads") or n_heads,
-            head_dim=config.get("head_dim") or _divided(dim, n_heads),
+            n_kv_heads=_first(config.get("num_key_value_heads"), n_heads),
+            head_dim=_first(config.get("head_dim"), _divided(dim, n_heads)),
             hidden_dim=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             norm_eps=config["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+            rope_theta=_first(rope.get("rope_theta"), config.get("rope_theta"), 10_000.0),
             context=config["max_position_embeddings"],
             sliding_window=config.get("sliding_window", _WINDOW) if mistral else None,
             tied_embeddings=_truth("tie_word_embeddings", config),
@@ -133,7 +133,7 @@ class ModelArgs:
         _refuse({name: params[name] or None for name in sorted(params.keys() - _PARAMS)})
         _refuse({"model_type": _other(params.get("model_type"), "transformer")})
         _refuse({"causal": _other(params.get("causal"), True)})
-        window = params.get("sliding_window") or params.get("_sliding_window")
+        window = _first(params.get("sliding_window"), params.get("_sliding_window"))
         return cls(
             dim=params["dim"],
             n_layers=params["n_layers"],
@@ -143,8 +143,8 @@ class ModelArgs:
             hidden_dim=params["hidden_dim"],
             vocab_size=params["vocab_size"],
             norm_eps=params["norm_eps"],
-            rope_theta=params.get("rope_theta") or (10_000.0 if window else 1_000_000.0),
-            context=params.get("max_seq_len") or params.get("max_position_embeddings") or DEFAULT_CONTEXT,
+            rope_theta=_first(params.get("rope_theta"), 10_000.0 if window else 1_000_000.0),
+            context=_first(params.get("max_seq_len"), params.get("max_position_embeddings"), DEFAULT_CONTEXT),
             sliding_window=window,
             tied_embeddings=_truth("tied_embeddings", params),
         )
@@ -167,7 +167,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config says of RoPE under both of its names, neither of which may ask for a scaling."""
     merged: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
-        part = config.get(name) or {}
+        part = _first(config.get(name), {})
         kinds = [part[key] for key in ("rope_type", "type") if part.get(key) is not None]
         _refuse({"rope scaling": next((kind for kind in kinds if kind != "default"), None)})
         _refuse({"rope scaling": None if kinds else _other(part.get("factor"), 1.0)})
@@ -194,6 +194,11 @@ def _refuse_in_config(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Non
             ),
         }
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first that is set: null is as if the key were not there, and nothing else is."""
+    return next((value for value in values if value is not None), None)
 
 
 def _other(value: Any, default: Any) -> Any:

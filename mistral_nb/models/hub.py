@@ -13,15 +13,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.checkpoints.untrusted import AGAIN
 from mistral_nb.config import Secret
 from mistral_nb.errors import ConfigurationError, MissingDependency, ModelError, PullError
 from mistral_nb.models.download import Downloader, Meter, RemoteFile
 from mistral_nb.models.hub_failures import LISTING, Hub, clean
-from mistral_nb.models.hub_listing import Listing, choose, read_listing, shards
+from mistral_nb.models.hub_listing import Choice, Listing, choose, read_listing, shards
 from mistral_nb.models.manifest import MANIFEST
 from mistral_nb.models.staging import Fetched, Staging
 from mistral_nb.progress import Report
@@ -49,29 +51,37 @@ class HubSource:
         """Without the revision: a file that two of them have in common is fetched once."""
         return {"hub": self._hub_id}
 
+    def check(self, report: Report) -> None:
+        """By the listing and the configuration."""
+        with self._asked(report) as (downloader, listing):
+            config = choose(listing).config
+            with TemporaryDirectory() as made:
+                folder = Path(made)
+                (folder / config.name).write_bytes(downloader.read(config.url, config.name, config.size))
+                with _named(listing.hub_id, folder):
+                    ModelArgs.from_folder(folder)
+
     def fetch(self, staging: Staging, report: Report) -> Fetched:
         """Small files first, so that a model that cannot be run is refused before its weights are fetched.
 
         The listing pins the commit. Files that an earlier pull left are taken if they have the sums of this listing.
         """
-        hub = self._hub()
-        (staging.checkpoint / MANIFEST).unlink(missing_ok=True)
-        meter = Meter(report)
-        meter.step(f"Asking {hub.host}")
-        with closing(Downloader(hub, meter, _user_agent())) as downloader:
-            listing = _list(downloader, hub)
-            try:
-                files = _fetch_all(downloader, meter, staging, listing)
-            except PullError:
-                raise
-            except ModelError:  # it would not get better
-                staging.remove()
-                raise
+        with self._asked(report) as (downloader, listing):
+            files = _fetch_all(downloader, staging, listing)
         return Fetched(
             {"hub": self._hub_id, "revision": self._revision or "main", "commit": listing.commit},
             listing.licence,
             {file.name: file.sum for file in files if not file.git},
         )
+
+    @contextmanager
+    def _asked(self, report: Report) -> Iterator[tuple[Downloader, Listing]]:
+        """What the files are fetched with, and the listing that the hub has sent."""
+        hub = self._hub()
+        meter = Meter(report)
+        meter.step(f"Asking {hub.host}")
+        with closing(Downloader(hub, meter, _user_agent())) as downloader:
+            yield downloader, _list(downloader, hub)
 
     def _hub(self) -> Hub:
         """The hub as the environment sets it, read now: huggingface_hub reads it when it is imported."""
@@ -100,11 +110,12 @@ def endpoint_of_environment() -> str:
     named = os.environ.get("HF_ENDPOINT")
     if not named:
         return _ENDPOINT
+    shown = f"[login]@{named.rpartition('@')[2]}" if "@" in named else named
     with suppress(ValueError, httpx.InvalidURL):
         parts = urlsplit(named)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.path:
             return str(httpx.URL(parts.geturl())).rstrip("/")
-    raise ConfigurationError(f"HF_ENDPOINT is {clean(named)!r}; set it to an address such as {_ENDPOINT}, or unset it")
+    raise ConfigurationError(f"HF_ENDPOINT is {clean(shown)!r}; set it to an address such as {_ENDPOINT}, or unset it")
 
 
 def _token() -> Secret | None:
@@ -152,36 +163,66 @@ def _list(downloader: Downloader, hub: Hub) -> Listing:
         ) from error
 
 
-def _fetch_all(downloader: Downloader, meter: Meter, staging: Staging, listing: Listing) -> tuple[RemoteFile, ...]:
-    """The checkpoint's files, in the order of what may refuse it: the configuration, the index, the rest, the headers.
-
-    `ModelError` for what this engine cannot run.
-    """
-    from mistral_nb.checkpoints import ModelArgs
-
+def _fetch_all(downloader: Downloader, staging: Staging, listing: Listing) -> tuple[RemoteFile, ...]:
+    """The checkpoint's files. `ModelError` for what this engine cannot run; what another commit left then stays."""
     choice = choose(listing)
-    small = (choice.config, *([choice.index] if choice.index else ()), *choice.small)
-    meter.total = sum(file.size for file in (*small, *choice.weights))
-    staging.need(_missing(small, staging))
-    for file in small:
-        downloader.fetch(file, staging)
-        if file is choice.config:
-            with _named(listing.hub_id, staging.checkpoint):
-                ModelArgs.from_folder(staging.checkpoint)
-    weights = choice.weights
-    if choice.index:
-        with _named(listing.hub_id, staging.checkpoint):
-            weights = shards(listing, staging.checkpoint / choice.index.name)
-    meter.total = sum(file.size for file in (*small, *weights))
-    _drop_all_but((*small, *weights), staging)
-    staging.need(_missing(weights, staging))
-    _check_before(downloader, staging, listing.hub_id, weights)
+    small = choice.before_weights
+    brought: list[RemoteFile] = []
+    try:
+        weights = _fetch_small(downloader, staging, listing, choice, brought)
+    except PullError:
+        raise
+    except ModelError:  # it would not get better
+        for file in brought if _others(small, staging) else small:
+            for path in _places(file, staging):
+                path.unlink(missing_ok=True)
+        raise
+    for path in _others((*small, *weights), staging):
+        path.unlink()
     for file in weights:
         downloader.fetch(file, staging)
     return (*small, *weights)
 
 
-def _check_before(downloader: Downloader, staging: Staging, hub_id: str, weights: Iterable[RemoteFile]) -> None:
+def _fetch_small(
+    downloader: Downloader,
+    staging: Staging,
+    listing: Listing,
+    choice: Choice,
+    brought: list[RemoteFile],
+) -> tuple[RemoteFile, ...]:
+    """Fetch the small files, in the order of what may refuse the checkpoint: the configuration, the index, the rest.
+
+    The weights by what those and the headers tell. `brought` gets the files that were not there before.
+    """
+    (staging.checkpoint / MANIFEST).unlink(missing_ok=True)
+    small = choice.before_weights
+    downloader.meter.total = sum(file.size for file in (*small, *choice.weights))
+    staging.need(_missing(small, staging))
+    for file in small:
+        if downloader.fetch(file, staging):
+            brought.append(file)
+        if file is choice.config:
+            with _named(listing.hub_id, staging.checkpoint):
+                ModelArgs.from_file(staging.checkpoint / file.name)
+    weights = choice.weights
+    if choice.index:
+        with _named(listing.hub_id, staging.checkpoint):
+            weights = shards(listing, staging.checkpoint / choice.index.name)
+    files = (*small, *weights)
+    downloader.meter.total = sum(file.size for file in files)
+    staging.need(_missing(weights, staging) - sum(path.stat().st_size for path in _others(files, staging)))
+    _check_before(downloader, staging, listing.hub_id, small, weights)
+    return weights
+
+
+def _check_before(
+    downloader: Downloader,
+    staging: Staging,
+    hub_id: str,
+    small: Iterable[RemoteFile],
+    weights: Iterable[RemoteFile],
+) -> None:
     """Describe the checkpoint as it will be, from the small files and the headers alone.
 
     Files with holes stand for the weights. Where the disk has neither those nor the room, only the check of the whole
@@ -192,8 +233,8 @@ def _check_before(downloader: Downloader, staging: Staging, hub_id: str, weights
     folder = staging.work / "headers"
     folder.mkdir()
     try:
-        for path in staging.files():
-            shutil.copyfile(path, folder / path.name)
+        for file in small:
+            shutil.copyfile(staging.checkpoint / file.name, folder / file.name)
         for file in weights:
             begin = _header(downloader, file)
             with (folder / file.name).open("wb") as stand_in:
@@ -244,12 +285,10 @@ def _missing(files: Iterable[RemoteFile], staging: Staging) -> int:
     return missing
 
 
-def _drop_all_but(files: Iterable[RemoteFile], staging: Staging) -> None:
-    """Remove what another commit left."""
-    keep = {path for file in files for path in _places(file, staging)}
-    for path in (*staging.checkpoint.iterdir(), *staging.work.iterdir()):
-        if path not in keep:
-            path.unlink()
+def _others(files: Iterable[RemoteFile], staging: Staging) -> list[Path]:
+    """What is there of other files, which another commit left."""
+    own = {path for file in files for path in _places(file, staging)}
+    return [path for path in (*staging.checkpoint.iterdir(), *staging.work.iterdir()) if path not in own]
 
 
 def _places(file: RemoteFile, staging: Staging) -> tuple[Path, Path]:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from mistral_nb.config import Secret
 from mistral_nb.errors import PullError
+from mistral_nb.models.known import find_known
 from mistral_nb.models.web import Answer, Broken, host_of
 
 __all__ = ["Hub", "Transient", "clean"]
@@ -72,9 +73,10 @@ class Hub:
         """
         unneeded = "consolidated*" if self.hub_id in _TWICE else "*.bin"
         revision = f" --revision {shlex.quote(self.revision)}" if self.revision else ""
+        name = f" --name {self.store_name}" if find_known(self.store_name) else ""
         return (
             f"on a machine with a connection run `hf download {self.hub_id}{revision} --local-dir {self.store_name} "
-            f'--exclude "{unneeded}"`, copy that folder here and run: mistral-nb pull ./{self.store_name}'
+            f'--exclude "{unneeded}"`, copy that folder here and run: mistral-nb pull ./{self.store_name}{name}'
         )
 
     def offline(self, variable: str) -> PullError:
@@ -82,7 +84,14 @@ class Hub:
         return PullError(f"{variable} is set, so {self.hub_id} is not asked for; unset it, or {self.elsewhere}")
 
     def no_client(self, error: Exception) -> PullError:
-        """The settings of the environment make no HTTP client."""
+        """The environment's settings make no HTTP client. A proxy's address may have a password: it is not shown."""
+        import httpx
+
+        if isinstance(error, httpx.InvalidURL):
+            return PullError(
+                f"{_unusable_proxy()} cannot be read as an address; correct it (http://USER:PASSWORD@HOST:PORT), with "
+                "the signs of the password that are neither letters nor digits percent-encoded"
+            )
         return PullError(
             f"no HTTP client can be made with the settings of this environment ({self.clean(error)}); correct "
             "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
@@ -195,13 +204,34 @@ class Hub:
 
 
 def clean(said: object, token: Secret | None = None) -> str:
-    """A foreign text on one line, at most 200 characters, without links, control characters and the token."""
+    """A foreign text on one line, at most 200 characters, without links, logins, control characters and the token."""
     text = str(said)
     if token:
         text = text.replace(token.reveal(), "[token]")
     text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w+://\S+", "[link]", text))
-    text = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    words = "".join(each if each.isprintable() else " " for each in text).split()
+    text = " ".join(map(_without_login, words))
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _without_login(word: str) -> str:
+    """Without USER:PASSWORD before an @."""
+    login, _, rest = word.rpartition("@")
+    return f"[login]@{rest}" if ":" in login else word
+
+
+def _unusable_proxy() -> str:
+    """The variable that names a proxy by what is no address."""
+    import httpx
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for spelling in (name, name.lower()):
+            address = os.environ.get(spelling, "")
+            try:
+                httpx.URL(address if "://" in address else f"http://{address}")
+            except httpx.InvalidURL:
+                return spelling
+    return "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY"
 
 
 def _to_wait(answer: Answer, problem: str, advice: str) -> Exception:

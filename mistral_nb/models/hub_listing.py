@@ -54,6 +54,11 @@ class Choice:
     small: tuple[RemoteFile, ...]
     weights: tuple[RemoteFile, ...]
 
+    @property
+    def before_weights(self) -> tuple[RemoteFile, ...]:
+        """All others, in the order of what may refuse the checkpoint."""
+        return (self.config, *([self.index] if self.index else ()), *self.small)
+
 
 def read_listing(answer: bytes, hub_id: str, url_of: Callable[[str, str], str]) -> Listing:
     """From the hub's JSON; `url_of(name, commit)` is where a file is. `ValueError` when it is no listing."""
@@ -78,8 +83,8 @@ def _file(name: str, told: Any, url_of: Callable[[str, str], str], commit: str) 
     """None for what lacks its size or its sum."""
     lfs = told.lfs
     size, found = (lfs.size, lfs.sha256) if lfs else (told.size, told.blob_id)
-    sized = isinstance(size, int) and size >= 0
-    summed = re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", str(found))
+    sized = type(size) is int and size >= 0
+    summed = isinstance(found, str) and re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", found)
     return RemoteFile(name, url_of(name, commit), size, found, git=not lfs) if sized and summed else None
 
 

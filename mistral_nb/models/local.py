@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mistral_nb.checkpoints.untrusted import stay_inside
-from mistral_nb.errors import PullError
+from mistral_nb.checkpoints.untrusted import quoted, stay_inside
+from mistral_nb.errors import ModelError, PullError
+from mistral_nb.models.manifest import MANIFEST, Manifest, read_manifest
 from mistral_nb.models.staging import PIECE, Fetched, Staging, file_sha256
 from mistral_nb.progress import Report
 
@@ -31,10 +33,14 @@ class FolderSource:
         return {"path": str(self._path), "files": {file.name: stamp for file, stamp in self._files.items()}}
 
     def fetch(self, staging: Staging, report: Report) -> Fetched:
-        """Goes on inside a file. `ModelError`, before anything is copied, for a folder that the engine cannot run."""
+        """Goes on inside a file. `ModelError`, before anything is copied, for a folder that the engine cannot run.
+
+        A folder that a pull has made is copied with what its manifest tells of where it came from, and by its sums.
+        """
         from mistral_nb.checkpoints import describe
 
         licence = describe(self._path).licence
+        manifest = self._manifest()
         left = {file: staging.work / f"{file.name}.part" for file in self._files}
         left = {file: part for file, part in left.items() if not (staging.checkpoint / file.name).is_file()}
         for part in left.values():
@@ -52,9 +58,27 @@ class FolderSource:
             if _stamp(file) != self._files[file]:
                 part.unlink()
                 raise PullError(f"{file} was changed while it was copied; pull {self._path} again once that has ended")
-            staging.put(part, file.name)
             sums[file.name] = digest.hexdigest()
-        return Fetched({"path": str(self._path)}, licence, sums)
+            listed = manifest.files.get(file.name) if manifest else None
+            if listed and listed.sha256 != sums[file.name]:
+                staging.remove()
+                raise ModelError(
+                    f"{file} has the SHA-256 {sums[file.name]}, not {quoted(listed.sha256)} as its {MANIFEST} says; "
+                    f"copy it again from where it came, or, if you changed it yourself, remove that {MANIFEST}"
+                )
+            staging.put(part, file.name)
+        return Fetched({**(manifest.source if manifest else {}), "path": str(self._path)}, licence, sums)
+
+    def check(self, report: Report) -> None:
+        from mistral_nb.checkpoints import describe
+
+        describe(self._path)
+
+    def _manifest(self) -> Manifest | None:
+        """What an earlier pull wrote into the folder, if it can be read."""
+        with suppress(ValueError):
+            return read_manifest(self._path)
+        return None
 
     @cached_property
     def _files(self) -> dict[Path, list[int]]:
@@ -64,11 +88,9 @@ class FolderSource:
 
         found = find_files(self._path)
         files = {found.config, found.tokenizer, *found.weights, *(self._path / name for name in SIDE_FILES)}
-        files |= {file for pattern in _ABOUT for file in self._path.glob(pattern)}
+        files |= {file for pattern in _ABOUT for file in self._path.glob(pattern) if _is_inside(file)}
         files |= {found.index} if found.index else set()
         files = {file for file in files if file.is_file()}
-        for file in files:
-            stay_inside(file)
         stamps = {file: _stamp(file) for file in files}
         return dict(sorted(stamps.items(), key=lambda item: (item[1][0], item[0])))
 
@@ -83,6 +105,12 @@ class GgufSource:
     def identity(self) -> dict[str, Any]:
         return {"path": str(self._path), "file": _stamp(self._path)}
 
+    def check(self, report: Report) -> None:
+        from mistral_nb.models.gguf_import import needed_bytes
+
+        with _reading(self._path):
+            needed_bytes(self._path)
+
     def fetch(self, staging: Staging, report: Report) -> Fetched:
         """A whole conversion is not made again, a part of one is.
 
@@ -92,14 +120,15 @@ class GgufSource:
         from mistral_nb.models.gguf_import import convert, needed_bytes
 
         begun = self.identity()
-        licence = read_header(self._path).optional("general.license", str)
-        if not staging.files():
-            staging.need(needed_bytes(self._path))
-            made = staging.work / "converted"
-            made.mkdir()
-            convert(self._path, made, lambda done, total: report("Converting", done, total))
-            staging.adopt(made, report)
-        source = {"path": str(self._path), "gguf_sha256": file_sha256(self._path, report)}
+        with _reading(self._path):
+            licence = read_header(self._path).optional("general.license", str)
+            if not staging.files():
+                staging.need(needed_bytes(self._path))
+                made = staging.work / "converted"
+                made.mkdir()
+                convert(self._path, made, lambda done, total: report("Converting", done, total))
+                staging.adopt(made, report)
+            source = {"path": str(self._path), "gguf_sha256": file_sha256(self._path, report)}
         if self.identity() != begun:
             raise PullError(f"{self._path} was changed while it was converted; pull it again once that has ended")
         return Fetched(source, licence)
@@ -134,6 +163,25 @@ def _read(file: Path) -> Iterator[bytes]:
                 yield piece
     except OSError as error:
         raise _unreadable(file, error) from error
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Around what reads `file` and writes into the store: `PullError` where it is the file that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename) == str(file):
+            raise _unreadable(file, error) from error
+        raise
+
+
+def _is_inside(file: Path) -> bool:
+    try:
+        stay_inside(file)
+    except ModelError:
+        return False
+    return True
 
 
 def _unreadable(file: Path, error: OSError) -> PullError:

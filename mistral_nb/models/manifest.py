@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"store format {quoted(data.get('format'))}, this version reads {FORMAT}")
     try:
         listed = data["files"].items()
-        files = {_inside(name): FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in listed}
+        files = {_inside(name): FileEntry(_size(entry["size"]), str(entry["sha256"])) for name, entry in listed}
         source = {str(key): str(value) for key, value in data["source"].items()}
         licence = data.get("licence")
         return Manifest(str(data["name"]), source, None if licence is None else str(licence), files)
@@ -80,7 +80,7 @@ def damage(folder: Path) -> str:
     for name, entry in manifest.files.items() if manifest else ():
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry.size:
-            return f"{name} is not {entry.size} bytes"
+            return f"{quoted(name)} is not {entry.size} bytes"
     return ""
 
 
@@ -103,6 +103,12 @@ def _content(folder: Path) -> dict[str, Any]:
     with suppress(ModelError):
         return read_object(folder / MANIFEST)
     return {}
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a size of {quoted(value)}")
+    return value
 
 
 def _inside(name: str) -> str:

@@ -12,16 +12,25 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mistral_nb.checkpoints.untrusted import AGAIN, quoted
 from mistral_nb.errors import ModelError, PullError
 from mistral_nb.locks import StartLock
+from mistral_nb.models.known import find_known
 from mistral_nb.models.manifest import MANIFEST, FileEntry, Manifest, is_newer, read_manifest, strangers
 from mistral_nb.models.staging import Fetched, Source, Staging, file_sha256
-from mistral_nb.models.store import clear_leftovers, locate, locate_in_store, lock_path, store_folder, store_path
+from mistral_nb.models.store import (
+    clear_leftovers,
+    clear_removed,
+    locate,
+    locate_in_store,
+    lock_path,
+    store_folder,
+    store_path,
+)
 from mistral_nb.progress import Progress, Report
 
 __all__ = ["pull"]
@@ -61,9 +70,12 @@ def pull(
     watch = _Watch(staging, progress, cancelled)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        return _pull_locked(staging, source, revision, watch)
+        clear_removed()
+        folder = _pull_locked(staging, source, revision, watch)
     except OSError as error:
         raise _disk_error(staging, store, error) from error
+    clear_removed()
+    return folder
 
 
 class _Watch:
@@ -104,9 +116,12 @@ def _pull_locked(staging: Staging, source: Source, revision: str | None, watch: 
 def _pull(staging: Staging, source: Source, revision: str | None, watch: Report) -> Path:
     final, identity = store_folder(source.name), source.identity()
     damaged = _node(final)
+    if staging.kept() and not staging.is_of(identity):
+        source.check(watch)
     staging.begin(identity)
+    wanted = revision or ("main" if "hub" in identity else None)
     try:
-        if not (staging.sealed() and _is_of(staging.checkpoint, revision)):
+        if not (staging.sealed() and _is_of(staging.checkpoint, wanted)):
             fetched = source.fetch(staging, watch)
             _check(staging)
             staging.seal(_manifest(staging, identity, fetched, watch), watch)
@@ -118,8 +133,8 @@ def _pull(staging: Staging, source: Source, revision: str | None, watch: Report)
 def _here(source: Source, revision: str | None) -> Path | None:
     """The store's folder, if it is whole; None where a pull has to make it.
 
-    `PullError` if it is of another revision, from another path or from what has changed since, and if what is broken
-    there is not a pull's own.
+    `PullError` if it is of another revision, from elsewhere or from what has changed since, and if what is broken there
+    is not a pull's own.
     """
     try:
         folder = locate_in_store(source.name)
@@ -128,24 +143,42 @@ def _here(source: Source, revision: str | None) -> Path | None:
         return None
     manifest = read_manifest(folder)
     come_from = manifest.source if manifest else {}
+    identity = source.identity()
+    _refuse_others_name(source.name, identity, come_from)
     if not _is_of(folder, revision):
         raise PullError(
             f"{source.name} is in the store at revision {come_from.get('revision', 'unknown')}; "
             f"for {revision} run: mistral-nb rm {source.name}, and pull again"
         )
-    identity = source.identity()
     path = identity.get("path")
-    if path and come_from.get("path") != path:
-        raise PullError(
-            f"there is a {source.name} in the store that comes from {come_from.get('path', 'elsewhere')}; "
-            f"give this one another name with --name, or run: mistral-nb rm {source.name}"
-        )
     if path and come_from.get("stamp", _stamp(identity)) != _stamp(identity):
         raise PullError(
             f"{path} has changed since it was pulled; run: mistral-nb rm {source.name}, and pull it again, or give it "
             "another name with --name"
         )
     return folder
+
+
+def _refuse_others_name(name: str, identity: Mapping[str, Any], come_from: Mapping[str, str]) -> None:
+    """`PullError` for a model of that name that comes from another place than the one that is asked for.
+
+    A hub id may lead to what nobody pulled, and a known model's to what was pulled from a path under its name.
+    """
+    origin = come_from.get("path") or come_from.get("hub") or "elsewhere"
+    origin = origin if origin.isprintable() else quoted(origin)
+    if "path" in identity:
+        if come_from.get("path") != identity["path"]:
+            raise PullError(
+                f"there is a {name} in the store that comes from {origin}; give this one another name with "
+                f"--name, or run: mistral-nb rm {name}"
+            )
+    elif "hub" in identity:
+        hub = come_from.get("hub")
+        if hub.lower() != identity["hub"].lower() if hub else "path" in come_from and not find_known(name):
+            raise PullError(
+                f"there is a {name} in the store that comes from {origin}, not from {identity['hub']}; "
+                f"run: mistral-nb rm {name}, and pull again"
+            )
 
 
 def _is_of(folder: Path, revision: str | None) -> bool:

@@ -17,7 +17,7 @@ from mistral_nb.errors import PullError
 from mistral_nb.models.manifest import MANIFEST, Manifest, damage, read_manifest, write_manifest
 from mistral_nb.progress import Report, amount
 
-__all__ = ["PIECE", "Fetched", "Source", "Staging", "file_sha256", "staging_path"]
+__all__ = ["PIECE", "Fetched", "Source", "Staging", "file_sha256", "flush", "staging_path"]
 
 PIECE = 1 << 22
 """Bytes that are read, hashed and written between two reports."""
@@ -46,6 +46,13 @@ class Source(Protocol):
         """JSON that tells this source from others: a staging folder that was begun for another one is thrown away."""
         ...
 
+    def check(self, report: Report) -> None:
+        """Raise what `fetch` would refuse this source for, as far as that is known before anything is written.
+
+        It is asked before what was begun for another source goes.
+        """
+        ...
+
     def fetch(self, staging: Staging, report: Report) -> Fetched:
         """Put the checkpoint's files into `staging.checkpoint`, going on where an earlier call was cut short.
 
@@ -67,13 +74,16 @@ class Staging:
         self.work = self.folder / "work"
         self._replaced = self.folder / "replaced"
 
+    def is_of(self, identity: Mapping[str, Any]) -> bool:
+        """Whether what is here was begun for that source."""
+        try:
+            return bool(json.loads((self.folder / _BEGUN_FOR).read_text(encoding="utf-8")) == identity)
+        except (OSError, ValueError):
+            return False
+
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Make the folders. What was begun for another source goes, and what nobody goes on with."""
-        begun = self.folder / _BEGUN_FOR
-        try:
-            same = json.loads(begun.read_text(encoding="utf-8")) == identity
-        except (OSError, ValueError):
-            same = False
+        same = self.is_of(identity)
         half_made = [path for path in self.work.glob("*") if path.is_dir()]
         for stale in (self._replaced, *half_made) if same else (self.folder,):
             if stale.exists():
@@ -81,7 +91,7 @@ class Staging:
         self.checkpoint.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
         if not same:
-            begun.write_text(json.dumps(identity), encoding="utf-8")
+            (self.folder / _BEGUN_FOR).write_text(json.dumps(identity), encoding="utf-8")
 
     def need(self, size: int) -> None:
         """`PullError` unless `size` more bytes have room here."""
@@ -116,18 +126,18 @@ class Staging:
 
     def put(self, made: Path, name: str) -> None:
         """Move a whole file from `work` into the checkpoint, in one step and safe against a power cut."""
-        _flush(made)
+        flush(made)
         final = self.checkpoint / name
         final.parent.mkdir(parents=True, exist_ok=True)
         made.replace(final)
-        _flush(final.parent)
+        flush(final.parent)
 
     def adopt(self, made: Path, report: Report) -> None:
         """Make a folder of files in `work` the checkpoint, in one step and safe against a power cut."""
         _flush_all(list(made.iterdir()), report)
         shutil.rmtree(self.checkpoint)
         made.rename(self.checkpoint)
-        _flush(self.folder)
+        flush(self.folder)
 
     def seal(self, manifest: Manifest, report: Report) -> None:
         """Write the manifest, once all that it lists is safe against a power cut. Then only `finish` is left to do."""
@@ -148,7 +158,7 @@ class Staging:
         if final.exists():
             final.rename(self._replaced)
         self.checkpoint.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
         self.remove()
         return final
 
@@ -186,12 +196,12 @@ def _flush_all(files: list[Path], report: Report) -> None:
     total, done = sum(path.stat().st_size for path in files), 0
     for path in files:
         report("Saving", done, total)
-        _flush(path)
+        flush(path)
         done += path.stat().st_size
     report("Saving", done, total)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync of a file or folder, where the system has it for folders."""
     if sys.platform == "win32" and path.is_dir():
         return

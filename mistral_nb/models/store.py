@@ -34,6 +34,7 @@ __all__ = [
     "broken",
     "canonical",
     "clear_leftovers",
+    "clear_removed",
     "existing_path",
     "installed",
     "is_hub_id",
@@ -227,7 +228,7 @@ def verify(name: str, progress: Callable[[Progress], None] = lambda progress: No
 
 
 def removable(name: str) -> str:
-    """The store name of what is in the store, or was begun to be pulled; errors as of `remove`."""
+    """The store name of what is in the store, or was begun to be pulled or removed; errors as of `remove`."""
     store = store_path()
     known = find_known(name)
     if known and name not in _entries():
@@ -235,7 +236,8 @@ def removable(name: str) -> str:
     else:
         store_name = store_name_of_hub_id(name) if is_hub_id(name) else name
     plain = store_name != "" and Path(store_name).name == store_name and not store_name.startswith(".")
-    if plain and (os.path.lexists(store_folder(store_name)) or os.path.isdir(staging_path(store, store_name))):
+    left = (staging_path(store, store_name), store / f"{_REMOVED}{store_name}")
+    if plain and (os.path.lexists(store_folder(store_name)) or any(map(os.path.isdir, left))):
         return _model_name(store_folder(store_name))
     path = existing_path(name)
     if path and path.is_dir():
@@ -269,19 +271,25 @@ def remove(name: str) -> int:
 
 
 def clear_leftovers(name: str) -> None:
-    """Remove what lies about beside a model that is there, and what removals that were cut short left of any model.
+    """Remove what pulls left beside a model that is there, and what `clear_removed` does."""
+    _clear(staging_path(store_path(), name), name)
+    clear_removed()
 
-    Not while somebody holds the lock, and not where the store cannot be written.
-    """
-    store = store_path()
-    stale = {path: path.name.removeprefix(_REMOVED) for path in store.glob(f"{_REMOVED}*")}
-    for folder, owner in {**stale, staging_path(store, name): name}.items():
-        with suppress(OSError):
-            if folder.exists() and (lock := StartLock(lock_path(owner))).try_acquire():
-                try:
-                    shutil.rmtree(folder)
-                finally:
-                    lock.release()
+
+def clear_removed() -> None:
+    """Remove what removals that were cut short left, of whatever model."""
+    for folder in store_path().glob(f"{_REMOVED}*"):
+        _clear(folder, folder.name.removeprefix(_REMOVED))
+
+
+def _clear(folder: Path, owner: str) -> None:
+    """Not while somebody holds the lock of that model, and not where the store cannot be written."""
+    with suppress(OSError):
+        if folder.exists() and (lock := StartLock(lock_path(owner))).try_acquire():
+            try:
+                shutil.rmtree(folder)
+            finally:
+                lock.release()
 
 
 def _remove_locked(name: str) -> int:

@@ -65,8 +65,8 @@ class _Request:
 class Web:
     """One HTTP client with its connections kept, and the thread that reads them. `tick` is called while nothing comes.
 
-    An `Authorization` header is not sent on to another host that a redirect names. `ValueError`, `ImportError` or
-    `OSError` for proxy and certificate settings that cannot be used.
+    An `Authorization` header is not sent on to another host that a redirect names. `ValueError`, `ImportError`,
+    `OSError` or `httpx.InvalidURL` for proxy and certificate settings that cannot be used.
     """
 
     def __init__(self, tick: Callable[[], None], user_agent: str) -> None:

@@ -108,6 +108,11 @@ def test_only_mistral_has_a_window() -> None:
         ({"architectures": {"0": "MistralForCausalLM"}}, "the architecture is not given"),
         ({"architectures": [["MistralForCausalLM"]]}, r"the architecture is \['Mistral"),
         ({"rope_parameters": [1]}, "a value of the wrong type"),
+        ({"rope_parameters": []}, "a value of the wrong type"),
+        *(({"rope_theta": value}, "rope_theta is") for value in (0, 0.0, "", [], {}, False)),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+        *(({"num_key_value_heads": value}, "n_kv_heads is") for value in (0, "", [], {}, False)),
+        *(({"head_dim": value}, "head_dim is") for value in (0, "", [], {}, False)),
     ],
     ids=str,
 )
@@ -132,6 +137,9 @@ def test_configs_that_are_refused(change: dict[str, Any], says: str, tmp_path: P
         ({"model_type": "mamba"}, "uses model_type 'mamba'"),
         ({"sliding_window": [None, 32768]}, r"sliding_window is \[None, 32768\]"),
         ({"hidden_dim": None}, "hidden_dim is None"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"max_seq_len": 0}, "context is 0"),
     ],
     ids=str,
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mistral_nb.checkpoints import describe
+from mistral_nb.checkpoints.tokenizer_files import speaks_mistral
 from mistral_nb.errors import ModelError
 from tests.checkpoints import tiny
 from tests.checkpoints.broken import INDEX, SHARD, WEIGHTS
@@ -17,6 +21,8 @@ from tests.checkpoints.broken import INDEX, SHARD, WEIGHTS
 ROUNDS = 800
 MEMORY = 2_000_000
 SPECIAL = (b"\0", b"\xff", b'"', b"{", b"}", b"[", b"]", b",", b":", b"-", b"9", b"e", b"\\", b"\xf0\x9f\x98\x80")
+
+WRONG: tuple[Any, ...] = (None, True, 5, float("inf"), "x", [], [[]], [{}], {}, {"a": []})
 
 
 def damaged(content: bytes, dice: random.Random) -> bytes:
@@ -100,3 +106,71 @@ def test_damaged_tokenizers(make: Callable[[Path], Path], name: str, tmp_path: P
         except ModelError:
             refused += 1
     assert refused > 60
+
+
+def places(value: Any, *, inner: bool = False) -> Iterator[tuple[Any, ...]]:
+    """The way to each value in a JSON text, itself included; of a list or object inside of it through four entries."""
+    yield ()
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    for key in [*keys[:3], *keys[3:][-1:]] if inner else keys:
+        for way in places(value[key], inner=True):
+            yield (key, *way)
+
+
+def replaced(value: Any, way: tuple[Any, ...], by: Any) -> Any:
+    if not way:
+        return by
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[way[0]] = replaced(value[way[0]], way[1:], by)
+    return copy
+
+
+def settled(folder: Path) -> Path:
+    """A checkpoint whose settings have what is looked at in them, and two tokenizers."""
+    tiny.hugging_face(folder)
+    settings = {
+        "eos_token": {"content": "</s>"},
+        "chat_template": [{"name": "default", "template": "[INST]"}],
+        "added_tokens_decoder": {"1": {"content": "<s>"}},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps({"<s>": 1}))
+    (folder / "tokenizer.model").write_bytes(tiny.sentencepiece_model())
+    return folder
+
+
+def byte_level(folder: Path) -> Path:
+    tiny.hugging_face(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = {
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteLevel"}]},
+        "added_tokens": tokenizer["added_tokens"][:3],
+        "model": {"type": "BPE", "vocab": {f"<{number}>": number for number in range(tiny.VOCABULARY)}, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (settled, "config.json"),
+        (settled, "tokenizer_config.json"),
+        (settled, "added_tokens.json"),
+        (byte_level, "tokenizer.json"),
+        (tiny.sharded, INDEX),
+        (tiny.mistral, "params.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_value_of_the_wrong_type_is_a_model_error(make: Callable[[Path], Path], name: str, tmp_path: Path) -> None:
+    """Each in turn is replaced by one of each type. Only those that nobody reads may pass."""
+    folder = make(tmp_path / "checkpoint")
+    describe(folder)
+    whole = json.loads((folder / name).read_text())
+    for way in places(whole):
+        for wrong in WRONG:
+            (folder / name).write_text(json.dumps(replaced(whole, way, wrong)))
+            for read in (describe, speaks_mistral):
+                with suppress(ModelError):
+                    read(folder)

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from mistral_nb.checkpoints import Checkpoint, ModelArgs, describe, find_files, open_checkpoint
+from mistral_nb.checkpoints.layout import find_weights
 from mistral_nb.errors import ModelError
 from tests.checkpoints import tiny
-from tests.checkpoints.broken import WEIGHTS, drop_tensor, replace_tensor
+from tests.checkpoints.broken import LONG_AGO, WEIGHTS, drop_tensor, replace_tensor
 
 LAYOUTS: list[Callable[[Path], Path]] = [tiny.hugging_face, tiny.sharded, tiny.mistral]
 SIZES: dict[str, Any] = {
@@ -296,11 +297,36 @@ def test_a_fresh_file_is_truncated_a_minute_later(tmp_path: Path) -> None:
 
 def test_a_download_into_the_hub_cache_that_has_not_ended(tmp_path: Path) -> None:
     made = snapshot(tmp_path)
-    (made.parent.parent / "blobs" / "abc.incomplete").write_bytes(b"x")
-    find_files(made)  # everything is there: what is growing is of another revision, or was given up
+    growing = made.parent.parent / "blobs" / "abc.incomplete"
+    growing.write_bytes(b"x")
+    told = r"is still being written: it holds \.\./\.\./blobs/abc\.incomplete"
+    for read in (find_files, find_weights):
+        with pytest.raises(ModelError, match=told):
+            read(made)
+    os.utime(growing, (LONG_AGO, LONG_AGO))
+    find_files(made)  # everything is there: that download was given up
     (made / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"is still being written: it holds \.\./\.\./blobs/abc\.incomplete"):
+    with pytest.raises(ModelError, match=told):
         find_files(made)
+
+
+@pytest.mark.parametrize("lacks", ["", "tokenizer.json", "config.json", WEIGHTS])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_download_of_the_hubs_client_that_has_not_ended(tmp_path: Path, lacks: str, fresh: bool) -> None:
+    """Any file may be the one that is not there yet, also one that a checkpoint may do without."""
+    folder = tiny.hugging_face(tmp_path / "checkpoint")
+    downloads = folder / ".cache" / "huggingface" / "download"
+    downloads.mkdir(parents=True)
+    (downloads / "abc.incomplete").write_bytes(b"x")
+    if not fresh:
+        os.utime(downloads / "abc.incomplete", (LONG_AGO, LONG_AGO))
+    if lacks:
+        (folder / lacks).unlink()
+    if lacks or fresh:
+        with pytest.raises(ModelError, match=r"holds \.cache/huggingface/download/abc\.incomplete; wait for"):
+            describe(folder)
+    else:
+        assert describe(folder).template == "Mistral v1"
 
 
 def test_licences(tmp_path: Path) -> None:

@@ -224,6 +224,33 @@ def test_a_wait_is_counted_down(hub: HubServer) -> None:
     assert list(dict.fromkeys(waits)) == ["Waiting 2 s", "Waiting 1 s"]
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param([Fault("whole and cut", 1000)], id="Range is ignored, and cut before what is there"),
+        pytest.param([Fault("elsewhere"), Fault("drop")], id="another range"),
+        pytest.param([status(416), Fault("drop")], id="416"),
+        pytest.param([Fault("more")], id="more than listed"),
+    ],
+)
+def test_what_is_there_stays_until_its_sum_is_wrong(
+    hub: HubServer, store: Path, undisturbed: dict[str, str], faults: list[Fault]
+) -> None:
+    first = hub.fail(WEIGHTS, Fault("stalled", HALF))
+    with pytest.raises(PullError, match="cancelled"):
+        models.pull(ID, cancelled=lambda: first.happened.is_set() and part(store).stat().st_size == HALF)
+    first.over.set()
+    hub.fail(WEIGHTS, *faults, always=True)
+    with pytest.raises(PullError):
+        models.pull(ID)
+    kept = part(store).stat().st_size
+    assert kept >= HALF
+    hub.heal()
+    hub.seen.clear()
+    assert hashes(models.pull(ID)) == undisturbed
+    assert starts(hub) == [kept]
+
+
 def test_a_stalled_download_is_resumed(
     hub: HubServer, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,6 +259,16 @@ def test_weights_without_a_sum_are_refused(hub: HubServer) -> None:
     refused(hub, "org/asked", message, PullError)
 
 
+def test_a_sum_that_is_a_number_is_none(hub: HubServer) -> None:
+    listing = hub.repos["org/single"].listing("org/single", blobs=True)
+    for each in listing["siblings"]:
+        each["blobId"] = int("1" * 40)
+        if "lfs" in each:
+            each["lfs"]["sha256"] = int("1" * 64)
+    hub.fail(LISTING, Fault("status", status=200, body=json.dumps(listing).encode()))
+    refused(hub, "org/single", "the hub does not tell the size and the sum of model.safetensors in .+", PullError)
+
+
 def test_a_listing_that_lies(hub: HubServer, store: Path) -> None:
     """Names that lead elsewhere are no files of it, and a size beyond the disk is refused before it is fetched."""
     repo = hub.repos["org/single"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from mistral_nb import models
+from mistral_nb.cli import main
 from mistral_nb.errors import ConfigurationError, ModelError, PullError
 from mistral_nb.models.hub import endpoint_of_environment
-from mistral_nb.models.hub_failures import Hub
+from mistral_nb.models.hub_failures import Hub, clean
 from tests.models.hub_server import LISTING, Fault, HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded
 
@@ -46,6 +50,27 @@ def test_weights_that_are_there_in_both_layouts_are_fetched_once(
         f'--local-dir {name} --exclude "consolidated*"'
     )
     assert f"run `{command}`, copy that folder here and run: mistral-nb pull ./{name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("mistral-7b", "mistral-7b-instruct-v0.2"), ("org/sharded", "org--sharded")]
+)
+def test_the_command_that_is_told_brings_the_folder_into_the_store(
+    hub: HubServer, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, name: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PullError) as caught:
+        models.pull(model)
+    folder = re.search(r"--local-dir (\S+)", str(caught.value))
+    command = re.search(r"copy that folder here and run: mistral-nb (.+)$", str(caught.value))
+    assert folder
+    assert command
+    monkeypatch.chdir(tmp_path)
+    Path(folder[1]).mkdir()
+    for file, content in sharded().items():
+        Path(folder[1], file).write_bytes(content)
+    assert main(shlex.split(command[1])) == 0
+    assert models.locate(model) == store / name
 
 
 def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str, message: str) -> None:
@@ -184,6 +209,25 @@ def test_settings_that_make_no_client(
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "http_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    "address", ["http://me:hun/ter2@proxy.example:3128", "me:hun/ter2@proxy.example:3128", "http://me:hunter2@x:port"]
+)
+def test_a_proxy_that_is_no_address(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, variable: str, address: str
+) -> None:
+    monkeypatch.setenv(variable, address)
+    told = rf"^{variable} cannot be read as an address; correct it .+ password .+ percent-encoded$"
+    with pytest.raises(PullError, match=told) as caught:
+        models.pull("org/single")
+    assert "hun" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_login_is_not_shown() -> None:
+    assert clean("at me:hunter2@proxy.example:3128/x, said me@home") == "at [login]@proxy.example:3128/x, said me@home"
+    assert len(clean(":" * 1_000_000 + "x:y " * 1_000_000)) == 200
+
+
 def test_a_certificate_that_is_not_trusted(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not shutil.which("openssl"):
         pytest.skip("no openssl command here: a certificate cannot be made")
@@ -214,6 +258,9 @@ def test_a_certificate_that_is_not_trusted(store: Path, tmp_path: Path, monkeypa
         "http://x:y",
         "http://u:a/b@x",
         "http://-ü.de",
+        "user:hunter2@mirror.example",
+        "https//user:hunter2@mirror.example",
+        "user:x hunter2@mirror.example",
     ],
 )
 def test_an_endpoint_that_is_none(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -176,9 +177,9 @@ def test_a_link_that_leads_out_is_not_copied(folder: Path, store: Path, tmp_path
     (tmp_path / "secret").write_text("secret")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=rf"{name} is a symlink out of its folder"):
-        models.pull(str(folder))
-    assert left_behind(store) == []
+    copy = models.pull(str(folder))
+    assert not (copy / name).exists()
+    assert left_behind(store) == ["My-Model"]
 
 
 def test_a_folder_that_is_named_like_a_known_model_is_not_taken_for_it(folder: Path, store: Path) -> None:
@@ -223,6 +224,34 @@ def test_a_folder_that_changes_is_not_mixed(folder: Path, store: Path) -> None:
     copy = models.pull(str(folder))
     assert wanted(copy) == wanted(folder)
     assert left_behind(store) == ["My-Model"]
+
+
+def test_a_folder_that_was_pulled_is_copied_with_its_origin(folder: Path, store: Path, tmp_path: Path) -> None:
+    pulled = models.pull(str(folder))
+    manifest = json.loads((pulled / MANIFEST).read_text())
+    origin = {"hub": "org/name", "revision": "v1", "commit": "0" * 40}
+    (pulled / MANIFEST).write_text(json.dumps(manifest | {"source": origin, "licence": "mit"}))
+    moved = shutil.copytree(pulled, tmp_path / "moved")
+    copy = read_manifest(models.pull(str(moved), store_name="org--name"))
+    assert copy
+    assert dict(copy.source) == {**origin, "path": str(moved), "stamp": copy.source["stamp"]}
+    assert copy.licence == "mit"
+    assert models.pull(str(moved), store_name="org--name") == models.pull("org/name", revision="v1")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_folder_that_was_pulled_is_compared_with_its_manifest(
+    folder: Path, store: Path, tmp_path: Path, name: str
+) -> None:
+    moved = shutil.copytree(models.pull(str(folder)), tmp_path / "moved")
+    content = (moved / name).read_bytes()
+    (moved / name).write_bytes(content.replace(b"1e-05", b"2e-05") if name == "config.json" else content[:-1] + b"!")
+    told = rf"{moved / name} has the SHA-256 \w+, not \w+ as its {MANIFEST} says; copy it again .+ remove that"
+    with pytest.raises(ModelError, match=told):
+        models.pull(str(moved))
+    assert left_behind(store) == ["My-Model"]
+    (moved / MANIFEST).write_text("{")
+    assert models.pull(str(moved)) == store / "moved"
 
 
 def test_what_the_engine_cannot_run_is_refused_before_it_is_copied(folder: Path, store: Path) -> None:
@@ -290,3 +319,12 @@ def test_a_file_that_cannot_be_read_is_not_the_stores_fault(folder: Path, store:
 
     with pytest.raises(PullError, match=r"model.safetensors cannot be read \(No such file or directory\); check"):
         models.pull(str(folder), take_away)
+
+
+def test_a_gguf_file_that_goes_away_is_not_the_stores_fault(gguf: Path, store: Path) -> None:
+    def take_away(progress: Progress) -> None:
+        if progress.step == "Converting":
+            gguf.unlink(missing_ok=True)
+
+    with pytest.raises(PullError, match=rf"^{gguf} cannot be read \(No such file or directory\); check that it is"):
+        models.pull(str(gguf), take_away)
