@@ -169,14 +169,21 @@ def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, 
     footer = _footer(result, style)
     code = "\n".join(result.code) if style.form == "code" else ""
     text = fenced(code, "python") if code else result.text.strip("\n")
-    plain = "\n\n".join(part for part in (plain_text(text), mark, footer) if part)
+    calls = calls_as_json(result)
+    plain = "\n\n".join(part for part in (plain_text(text), calls, mark, footer) if part)
     metadata = {"mistral_nb": {**result.metadata(), "why": style.why or None}}
     if style.form == "text":
         return {"text/plain": plain}, metadata
     source = text if mark or code else _final_source(result, style.form)
     small = f"<small>{'<br>'.join(map(literal, footer.splitlines()))}</small>" if footer else ""
-    parts = (safe_markdown(source) if text.strip() else "", f"**{mark}**" if mark else "", small)
+    shown = safe_markdown(source) if text.strip() else ""
+    parts = (shown, calls and fenced(calls, "json"), f"**{mark}**" if mark else "", small)
     return {"text/markdown": "\n\n".join(part for part in parts if part) or "*(empty)*", "text/plain": plain}, metadata
+
+
+def calls_as_json(result: Result) -> str:
+    """The calls that the model asks for, as text that is safe to show; empty where there are none."""
+    return plain_text(json.dumps(result.tool_calls, indent=2, ensure_ascii=False)) if result.tool_calls else ""
 
 
 def _final_source(result: Result, form: str) -> str:
@@ -237,6 +244,8 @@ class TerminalDisplay:
         self._wipe()
         if self._last not in ("", "\n"):
             self._write("\n")
+        if calls := calls_as_json(result):
+            self._write(f"{calls}\n")
         lines = [line for line in (mark_of(error), _footer(result, self._style)) if line]
         if lines and (self._last or isinstance(error, KeyboardInterrupt) or error is None):
             self._write(_dim("\n".join(lines)) + "\n")

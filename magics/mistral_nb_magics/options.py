@@ -16,6 +16,7 @@ from IPython.core.error import UsageError
 from traitlets import Float, Int, TraitType, Unicode
 
 from mistral_nb.asking import make_request
+from mistral_nb.calling import MAX_ROUNDS, Toolbox
 from mistral_nb.config import BACKENDS
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import FIELDS, Field, GenerationRequest
@@ -36,11 +37,11 @@ OPTION_FIELDS = tuple(field for field in FIELDS if field.name != "prompt")
 
 _HELP = {
     "messages": "NAME of a variable with the turns so far, [{role, content}]; the prompt is the next user turn.",
-    "functions": "NAME of a variable with functions as [{name, code}], passed on and never run.",
+    "functions": "NAMES of your own functions, with commas, or of a variable with functions as [{name, code}].",
     "stop": "Stop before this text; \\n is a newline. Repeatable.",
     "stream": "Take the answer in one piece.",
 }
-_METAVARS = {"int": "N", "float": "X", "text": "TEXT", "texts": "TEXT", "messages": "NAME", "functions": "NAME"}
+_METAVARS = {"int": "N", "float": "X", "text": "TEXT", "texts": "TEXT", "messages": "NAME", "functions": "NAMES"}
 _WORD = re.compile(r"\s*(\S+)")
 _VALUE = re.compile(r"""\s*(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s"'\\])+""")
 
@@ -61,6 +62,10 @@ def mistral_arguments(manual: str) -> Callable[[F], F]:
         argument("--model", help="The model: a name of the backend's, or a checkpoint folder."),
         argument("--system", metavar="TEXT", help="The system text that comes before the prompt."),
         argument("--format", choices=FORMATS, metavar="FORMAT", help=f"How to show the answer: {_formats()}."),
+        argument("--call", action="store_true", help="Run the calls that the model asks for, on your --functions."),
+        argument(
+            "--max-rounds", type=_rounds, metavar="N", help=f"With --call: rounds of calls. Default {MAX_ROUNDS}."
+        ),
         argument("--dry-run", action="store_true", help="Show the rendered prompt and its tokens; ask nobody."),
         argument("--no-interpolate", action="store_true", help="Leave {{braces}} in the prompt as they are."),
         *(_field_option(field) for field in OPTION_FIELDS),
@@ -116,7 +121,10 @@ def config_traits() -> dict[str, TraitType[Any, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One use of the magic, read and checked: the request, who is to answer it, and what becomes of the answer."""
+    """One use of the magic, read and checked: the request, who is to answer it, and what becomes of the answer.
+
+    `toolbox` holds the functions whose calls are to be run, None where none are, for at most `max_rounds` answers.
+    """
 
     request: GenerationRequest
     backend: str | None
@@ -124,6 +132,8 @@ class Call:
     out: str | None
     format: str
     dry_run: bool
+    toolbox: Toolbox | None = None
+    max_rounds: int = MAX_ROUNDS
 
 
 def read_call(
@@ -147,8 +157,58 @@ def read_call(
     if not given.no_interpolate:
         prompt = interpolate(prompt, namespace)
         given.system = given.system and interpolate(given.system, namespace)
+    toolbox = _toolbox(given, namespace)
     request = _request(given, prompt, defaults, namespace)
-    return Call(request, given.backend, given.model, _variable(given.out), given.format or "markdown", given.dry_run)
+    return Call(
+        request,
+        given.backend,
+        given.model,
+        _variable(given.out),
+        given.format or "markdown",
+        given.dry_run,
+        toolbox,
+        given.max_rounds or MAX_ROUNDS,
+    )
+
+
+def _rounds(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
+        raise UsageError(f"--max-rounds {text}: must be a whole number from 1 to 999")
+    return int(text)
+
+
+def _toolbox(given: argparse.Namespace, namespace: Mapping[str, Any]) -> Toolbox | None:
+    """The functions that `--call` runs. `UsageError` where there are none to run."""
+    if not given.call:
+        if given.max_rounds:
+            raise UsageError("--max-rounds goes with --call only")
+        return None
+    functions = _functions(given.functions, namespace) if given.functions else []
+    if not functions or not all(map(callable, functions)):
+        raise UsageError("--call runs your own functions: name them, such as --functions f,g")
+    try:
+        return Toolbox(functions)
+    except InvalidRequest as error:
+        raise UsageError(f"--{error}") from None
+
+
+def _functions(given: str, namespace: Mapping[str, Any]) -> list[Any]:
+    """The functions of the names in `given`; of one name, what the list by that name holds."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    values = [_named("--functions", name, namespace) for name in names]
+    if len(values) == 1 and isinstance(values[0], list | tuple):
+        return list(values[0])
+    for name, value in zip(names, values, strict=True):
+        if not callable(value):
+            raise UsageError(f"--functions {name}: must be a function or a list, not of type {type(value).__name__}")
+    return values
+
+
+def _named(option: str, name: str, namespace: Mapping[str, Any]) -> Any:
+    if name not in namespace:
+        known = (each for each in namespace if not each.startswith("_"))
+        raise UsageError(f"{option} {name}: no variable of that name{near_miss(name, known)}")
+    return namespace[name]
 
 
 def _parse(parser: argparse.ArgumentParser, line: str) -> tuple[argparse.Namespace, str]:
@@ -252,11 +312,10 @@ def _field_value(field: Field, given: Any, namespace: Mapping[str, Any]) -> Any:
                 return given
         case "texts":
             return [text.replace("\\n", "\n").replace("\\t", "\t") for text in given]
-        case "messages" | "functions":
-            if given not in namespace:
-                known = (name for name in namespace if not name.startswith("_"))
-                raise UsageError(f"{flag(field)} {given}: no variable of that name{near_miss(given, known)}")
-            value = namespace[given]
+        case "functions":
+            return _functions(given, namespace)
+        case "messages":
+            value = _named(flag(field), given, namespace)
             if not isinstance(value, list | tuple):
                 raise UsageError(f"{flag(field)} {given}: must be a list, not of type {type(value).__name__}")
             return value

@@ -1,0 +1,105 @@
+"""Values from JSON against the annotations of Python functions: int, list[str], Literal, Optional, Enum and so on.
+
+What an annotation does not say in these terms is not checked.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["fitted"]
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def fitted(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotation `hint` wants it: a whole number becomes a float, a name a member of an Enum.
+
+    Raises `TypeError` naming the argument `where` and what it must be.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return fitted(value, inner[0], where)
+    if origin in (typing.Union, types.UnionType):
+        return _any_of(value, inner, where)
+    if origin is typing.Literal:
+        # 1 == True, but they are not the same choice
+        if any(value == choice and type(value) is type(choice) for choice in inner):
+            return value
+        raise TypeError(f"{where} must be one of {', '.join(map(repr, inner))}, not {value!r}")
+    if hint is None or hint is type(None):
+        return _expect(value, value is None, where, "null")
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return _member(value, hint, where)
+    base = origin or hint
+    if base is float:
+        _expect(value, isinstance(value, int | float) and not isinstance(value, bool), where, _NAMES[float])
+        return float(value)
+    if base in (int, str, bool):
+        return _expect(
+            value, isinstance(value, base) and isinstance(value, bool) == (base is bool), where, _NAMES[base]
+        )
+    if base in (list, tuple, set, frozenset, Sequence):
+        return _items(value, base, inner, where)
+    if base in (dict, Mapping):
+        _expect(value, isinstance(value, dict), where, _NAMES[dict])
+        return {key: fitted(each, inner[1], f"{where}[{key!r}]") for key, each in value.items()} if inner else value
+    return value
+
+
+def _expect(value: Any, holds: bool, where: str, what: str) -> Any:
+    if not holds:
+        shown = repr(value)
+        raise TypeError(f"{where} must be {what}, not {shown if len(shown) <= 60 else shown[:59] + '…'}")
+    return value
+
+
+def _any_of(value: Any, hints: Sequence[Any], where: str) -> Any:
+    """The value as the first of `hints` that it fits; one that it fits as it is comes first."""
+    fits: list[Any] = []
+    problems: list[str] = []
+    for hint in hints:
+        try:
+            fits.append(fitted(value, hint, where))
+        except TypeError as error:
+            problems.append(str(error))
+    for each in fits:
+        if type(each) is type(value):
+            return each
+    if fits:
+        return fits[0]
+    raise TypeError("; or ".join(problems))
+
+
+def _member(value: Any, hint: type[enum.Enum], where: str) -> Any:
+    """The member of an Enum with this value, or else with this name."""
+    for member in hint:
+        if member.value == value and type(member.value) is type(value):
+            return member
+    if isinstance(value, str) and value in hint.__members__:
+        return hint[value]
+    raise TypeError(f"{where} must be one of {', '.join(repr(member.value) for member in hint)}, not {value!r}")
+
+
+def _items(value: Any, base: Any, inner: Sequence[Any], where: str) -> Any:
+    _expect(value, isinstance(value, list), where, _NAMES[list])
+    if base is tuple and inner and inner[-1] is not Ellipsis:
+        _expect(value, len(value) == len(inner), where, f"a list of {len(inner)}")
+        hints: Sequence[Any] = inner
+    else:
+        hints = [inner[0] if inner else Any] * len(value)
+    items = [
+        fitted(each, hint, f"{where}[{index}]") for index, (each, hint) in enumerate(zip(value, hints, strict=True))
+    ]
+    return items if base in (list, Sequence) else base(items)
