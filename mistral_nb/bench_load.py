@@ -2,16 +2,19 @@
 
 The checkpoint is made for the purpose, of random numbers in bf16, in a temporary folder. Each loading runs in a process
 of its own and tells its peak memory. What is read is in the page cache; in a second series it is dropped from there
-first, so that it comes from the disk. Reading is measured into one small buffer for each thread, which stays in the
-processor's cache, and into memory of the checkpoint's size, new and used before, as a loading needs it.
+first, so that it comes from the disk, where the folder is on one. Reading is measured into one small buffer for each
+thread, which stays in the processor's cache, and into memory of the checkpoint's size, new and used before, as a
+loading needs it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,33 +28,44 @@ from typing import Any
 from mistral_nb.bench import Measurement, check_writable, machine, print_table, write_report
 from mistral_nb.checkpoints import ModelArgs
 from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
-from mistral_nb.errors import MistralError
+from mistral_nb.errors import ConfigurationError, MistralError
+from mistral_nb.progress import amount
 
-__all__ = ["make_checkpoint", "run"]
+__all__ = ["conclusions", "drop", "make_checkpoint", "run"]
 
 PRECISIONS = ("bf16", "fp32", "int8")
 SHARD = 500_000_000
 """Bytes of a shard, at most."""
 
+BAR = 0.7
+"""Share of one thread's reading that loading without a conversion is to reach."""
+
+_BARRED = ("load as bf16, cached", "load as bf16, from disk")
 _BUFFER = 1 << 23
+_DROPPED = 0.05
+"""Share of a file that may still be in memory when it has been dropped from there."""
 _DIM, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _VOCABULARY = 2048, 7168, 16, 4, 128, 32_000
 
 
-def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None) -> int:
+def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None, folder: Path | None = None) -> int:
     """Print the measurements, and the same as JSON; `path` takes the JSON instead. Returns the exit status.
 
-    Raises `ConfigurationError` before it measures when `path` cannot be written, `MistralError` when a loading fails.
+    The checkpoint is written into `folder`, by default the one for temporary files. Raises `ConfigurationError` before
+    it measures when `path` cannot be written or the folder has no room, `MistralError` when a loading fails.
     """
     if path is not None:
         check_writable(path)
-    with tempfile.TemporaryDirectory(prefix="mistral-nb-bench-") as folder:
-        checkpoint = Path(folder) / "checkpoint"
+    folder = folder or Path(tempfile.gettempdir())
+    _check_room(folder, int(size_gb * 1e9))
+    with tempfile.TemporaryDirectory(prefix="mistral-nb-bench-", dir=folder) as own:
+        checkpoint = Path(own) / "checkpoint"
         size = make_checkpoint(checkpoint, int(size_gb * 1e9))
         files = sorted(checkpoint.glob("*.safetensors"))
+        from_disk = drop(files)
         series: dict[str, list[float]] = {}
         memory: dict[str, int] = {}
         for _ in range(runs):
-            for name, seconds, used in _round(checkpoint, files, size):
+            for name, seconds, used in _round(checkpoint, files, size, from_disk):
                 series.setdefault(name, []).append(size / seconds / 1e9)
                 memory |= {name: max(used, memory.get(name, 0))} if used else {}
                 print(f"{name}: {size / seconds / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
@@ -59,10 +73,27 @@ def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None) -> int:
     report = {**machine(), "checkpoint_bytes": size, "shards": len(files), "peak_bytes": memory}
     print(f"{size / 1e9:.2f} GB of bf16 in {len(files)} shards ({report['cpu']}, {report['cores']} cores)")
     print_table(measurements)
-    for line in _conclusions(measurements, memory, size):
+    for line in conclusions(measurements, memory, size):
         print(line)
+    if not from_disk:
+        print(f"Nothing is measured from disk: {folder} keeps files in memory; --folder DIR takes another one")
     write_report(report, measurements, path)
     return 0
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """`ConfigurationError` unless `size` bytes, and a layer more, can be written into `folder`."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder} cannot be used ({error.strerror or error}); give --folder another folder"
+        ) from error
+    if free < size + SHARD:
+        raise ConfigurationError(
+            f"{folder} has {amount(free)} free, and the checkpoint takes {amount(size)}; "
+            "give --folder another folder, or --size-gb a smaller size"
+        )
 
 
 def make_checkpoint(folder: Path, size: int) -> int:
@@ -150,7 +181,9 @@ def _write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> 
         os.fsync(file.fileno())
 
 
-def _round(checkpoint: Path, files: Sequence[Path], size: int) -> Iterator[tuple[str, float, int | None]]:
+def _round(
+    checkpoint: Path, files: Sequence[Path], size: int, from_disk: bool
+) -> Iterator[tuple[str, float, int | None]]:
     """One measurement of each kind: name, seconds, and the peak memory of a loading."""
     threads = (1, 2)
     _read(files, 2)
@@ -160,11 +193,11 @@ def _round(checkpoint: Path, files: Sequence[Path], size: int) -> Iterator[tuple
     for precision in PRECISIONS:
         found = _load(checkpoint, precision, size)
         yield f"load as {precision}, cached", found["load_s"], _rise(found)
-    if hasattr(os, "posix_fadvise"):
+    if from_disk:
         for count in threads:
-            _drop(files)
+            drop(files)
             yield f"read, {count} thread{'s' if count > 1 else ''}, from disk", _read(files, count), None
-        _drop(files)
+        drop(files)
         found = _load(checkpoint, "bf16", size)
         yield "load as bf16, from disk", found["load_s"], _rise(found)
 
@@ -238,28 +271,39 @@ def _read_share(files: Sequence[Path], buffer: bytearray, number: int, threads: 
                 file.readinto(buffer)
 
 
-def _drop(files: Sequence[Path]) -> None:
-    """Ask the system to forget what it keeps of the files."""
+def drop(files: Sequence[Path]) -> bool:
+    """Ask the system to forget what it keeps of the files; whether it did, so that they are read from a disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return all(_in_memory(path) < _DROPPED for path in files)
+
+
+def _in_memory(path: Path) -> float:
+    """Share of a file's pages that are in memory, by mincore(2); 1 where that does not tell."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+        told = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(pages)
+        failed = ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(len(pages)), told)
+        del first  # the mapping cannot be closed before
+    return 1.0 if failed else sum(page & 1 for page in told) / len(told)
 
 
 def _bar(name: str) -> str:
-    bars = {
-        "load as bf16, cached": "at least 70% of reading into used memory",
-        "load as bf16, from disk": "at least 70% of one thread's reading",
-    }
-    return bars.get(name, "")
+    return f"at least {BAR:.0%} of one thread's reading" if name in _BARRED else ""
 
 
-def _conclusions(measurements: Sequence[Measurement], memory: dict[str, int], size: int) -> Iterator[str]:
+def conclusions(measurements: Sequence[Measurement], memory: dict[str, int], size: int) -> Iterator[str]:
+    """Lines that hold loadings against readings of the same place, the bar, and the checkpoint's size."""
     medians = {each.name: each.median for each in measurements}
     for place in ("cached", "from disk"):
         readings = {name: value for name, value in medians.items() if name.startswith("read") and place in name}
         for name, value in medians.items():
             if name.startswith("load") and place in name:
                 shares = "; ".join(f"{value / speed:.0%} of {what}" for what, speed in readings.items())
-                yield f"{name}: {shares}"
+                holds = "holds" if value >= BAR * readings[f"read, 1 thread, {place}"] else "misses"
+                yield f"{name}: {f'{holds} its bar; ' if name in _BARRED else ''}{shares}"
     for name, peak in memory.items():
         yield f"{name}: {peak / 1e6:.0f} MB at the process's peak, {size / 1e6:.0f} MB of tensors in the files"

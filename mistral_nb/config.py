@@ -35,13 +35,15 @@ __all__ = [
 BACKENDS = ("auto", "cloudflare", "local", "openai")
 AskedPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 PRECISIONS: tuple[AskedPrecision, ...] = get_args(AskedPrecision)
+AskedDevice = Literal["auto", "cpu", "cuda"]
+DEVICES: tuple[AskedDevice, ...] = get_args(AskedDevice)
 FALLBACK_MODEL = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
 CLOUDFLARE_URL = "https://api.cloudflare.com/client/v4"
 USE_LOCAL = 'use the local engine: --backend local, in Python backend="local"'
 
 _FOLDERS = {"home": "MISTRAL_NB_HOME", "runtime_dir": "MISTRAL_NB_RUNTIME_DIR", "log_dir": "MISTRAL_NB_LOG_DIR"}
 
-Kind = Literal["backend", "precision", "text", "tokens", "secret", "url", "bool", "seconds"]
+Kind = Literal["backend", "device", "precision", "text", "tokens", "secret", "url", "bool", "seconds"]
 
 
 class Secret:
@@ -100,6 +102,13 @@ SETTINGS: tuple[Setting, ...] = (
         ("MISTRAL_NB_BACKEND",),
     ),
     Setting("model", "text", "The model; unset is the backend's own choice.", None, ("MISTRAL_NB_MODEL",)),
+    Setting(
+        "device",
+        "device",
+        f"Where the local engine runs: {', '.join(DEVICES)}. Takes effect when an engine starts.",
+        "auto",
+        ("MISTRAL_NB_DEVICE",),
+    ),
     Setting(
         "precision",
         "precision",
@@ -214,6 +223,7 @@ class Settings:
 
     backend: str = "auto"
     model: str | None = None
+    device: AskedDevice = "auto"
     precision: AskedPrecision = "auto"
     context: int | None = None
     idle_timeout: float = 1800.0
@@ -327,6 +337,8 @@ def _checked(setting: Setting, value: Any, origin: str) -> Any:
     match setting.kind:
         case "backend":
             return check_backend(value, origin)
+        case "device":
+            return _choice(value, origin, "device", DEVICES)
         case "precision":
             return _choice(value, origin, "precision", PRECISIONS)
         case "tokens":

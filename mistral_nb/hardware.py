@@ -9,17 +9,17 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-__all__ = ["Memory", "gpu_memories", "host_memory", "nvidia_gpus"]
+__all__ = ["PROC", "Memory", "control_groups", "gpu_memories", "host_memory", "nvidia_gpus"]
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
 _NAME_LENGTH = 96
 
 
@@ -33,18 +33,20 @@ class Memory:
     total: int
 
 
-def host_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> Memory | None:
-    """The machine's memory, cut by a container's limit where `cgroup` tells one; None where the system does not tell.
+def host_memory(proc: Path = PROC) -> Memory | None:
+    """The machine's memory, cut by the limits of the control groups that this process is in, as a container sets them;
+    None where the system does not tell.
 
     Page cache counts as free, since the system gives it up for whoever needs memory.
     """
-    found = _from_meminfo(meminfo) or _from_sysconf()
+    found = _from_meminfo(proc / "meminfo") or _from_sysconf()
     if found is None:
         return None
     free, total = found
-    limited = _from_cgroup(cgroup)
-    if limited and limited[1] < total:
-        free, total = min(free, limited[0]), limited[1]
+    for group in control_groups("memory", proc):
+        limited = _from_group(group)
+        if limited:
+            free, total = min(free, limited[0]), min(total, limited[1])
     return Memory("cpu", "CPU", free, total)
 
 
@@ -65,23 +67,60 @@ def _from_sysconf() -> tuple[int, int] | None:
         return None
 
 
-def _from_cgroup(folder: Path) -> tuple[int, int] | None:
-    """What the control group, version 2 or 1, leaves free, and its limit; None where it sets none."""
-    for limit, used, cached, part in (
-        ("memory.max", "memory.current", "inactive_file ", folder),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ", folder / "memory"),
+def _from_group(folder: Path) -> tuple[int, int] | None:
+    """What a control group, version 2 or 1, leaves free, and its limit; None where it sets none."""
+    for limit, used, before, dirty, writeback in (
+        ("memory.max", "memory.current", "", "file_dirty", "file_writeback"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_", "total_dirty", "total_writeback"),
     ):
         try:
-            most, now = int((part / limit).read_text()), int((part / used).read_text())
-            cache = next(
-                int(line.split()[1])
-                for line in (part / "memory.stat").read_text().splitlines()
-                if line.startswith(cached)
-            )
-        except (OSError, ValueError, StopIteration):
+            most, now = int((folder / limit).read_text()), int((folder / used).read_text())
+            lines = (line.partition(" ") for line in (folder / "memory.stat").read_text().splitlines())
+            stat = {name: int(value) for name, _, value in lines}
+        except (OSError, ValueError):
             continue
-        return max(0, most - now + cache), most
+        cache = stat.get(f"{before}active_file", 0) + stat.get(f"{before}inactive_file", 0)
+        cache -= stat.get(dirty, 0) + stat.get(writeback, 0)
+        return max(0, most - now + max(0, cache)), most
     return None
+
+
+def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
+    """Folders of the control groups that limit this process's `memory` or `cpu`: its own and all above it, as far as
+    they can be seen, in version 2 and in 1. Empty off Linux.
+    """
+    try:
+        groups, mounts = (
+            (proc / "self" / name).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            for name in ("cgroup", "mountinfo")
+        )
+    except OSError:
+        return []
+    found: list[Path] = []
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers and controller not in controllers.split(","):
+            continue
+        for fields in map(str.split, mounts):
+            kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
+            if (kind == "cgroup" and controllers and controller in options) or (kind == "cgroup2" and not controllers):
+                found += _upwards(PurePosixPath(path), *(_unescaped(field) for field in fields[3:5]))
+    return found
+
+
+def _upwards(group: PurePosixPath, root: str, mount: str) -> Iterator[Path]:
+    """The folders of `group` and of those above it, where the group `root` is mounted on `mount`.
+
+    A group outside of what is mounted, as a container may see its own, is taken to be the root.
+    """
+    inside = group.is_relative_to(root) and ".." not in group.parts
+    parts = group.relative_to(root).parts if inside else ()
+    for count in range(len(parts), -1, -1):
+        yield Path(mount, *parts[:count])
+
+
+def _unescaped(field: str) -> str:
+    """A path of `mountinfo`, where a space is `\\040`."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
 
 
 def nvidia_gpus() -> int:

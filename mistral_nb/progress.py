@@ -137,11 +137,19 @@ class Bar:
             self._step = now.step
             self._draw()
 
-    def close(self) -> None:
-        """Leave the last line as it is, and go on below it."""
+    def close(self, last: Progress | None = None) -> None:
+        """Leave the last line as it is, or as `last` is, and go on below it."""
         if self._live and self._shown:
+            self._latest = self._meter.line(last) if last else self._latest
             self._draw()
             self._out.write("\n")
+            self._out.flush()
+            self._shown = ""
+
+    def erase(self) -> None:
+        """Go on in place of the line."""
+        if self._live and self._shown:
+            self._out.write(f"\r{' ' * len(self._shown)}\r")
             self._out.flush()
             self._shown = ""
 

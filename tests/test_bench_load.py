@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from mistral_nb.bench_load import make_checkpoint
+import pytest
+
+from mistral_nb.bench import Measurement
+from mistral_nb.bench_load import conclusions, drop, make_checkpoint, run
 from mistral_nb.checkpoints import open_checkpoint
+from mistral_nb.errors import ConfigurationError
 
 
 def test_the_checkpoint_is_whole_and_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
@@ -30,5 +36,54 @@ def test_every_reading_and_loading_is_reported(tmp_path: Path) -> None:
     speeds = {each["name"]: each["median"] for each in found["measurements"]}
     assert {"read, 1 thread, cached", "load as bf16, cached", "load as int8, cached"} <= set(speeds)
     assert all(speed > 0 for speed in speeds.values())
-    assert "load as bf16, cached: " in done.stdout
+    assert re.search(r"^load as bf16, cached: (holds|misses) its bar; \d+% of ", done.stdout, re.MULTILINE)
+    from_disk = "load as bf16, from disk" in speeds
+    assert from_disk != ("Nothing is measured from disk: " in done.stdout)
     assert "% of read, 1 thread, cached" in done.stdout
+
+
+@pytest.mark.parametrize(("loading", "word"), [(7.0, "holds"), (6.9, "misses")])
+@pytest.mark.parametrize("place", ["cached", "from disk"])
+def test_loading_as_bf16_is_held_against_one_thread_that_reads_from_the_same_place(
+    place: str, loading: float, word: str
+) -> None:
+    other = "from disk" if place == "cached" else "cached"
+    values = {
+        f"read, 1 thread, {place}": 10.0,
+        f"read, 1 thread, {other}": 1.0,
+        f"read, 2 threads, {place}": 90.0,
+        f"load as bf16, {place}": loading,
+    }
+    measured = [Measurement.of(name, "GB/s", [value], "") for name, value in values.items()]
+    [line] = conclusions(measured, {}, 1)
+    assert line.startswith(f"load as bf16, {place}: {word} its bar; {loading / 10:.0%} of read, 1 thread, {place}; ")
+
+
+def test_files_in_memory_cannot_be_dropped_from_there(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or not os.access(memory, os.W_OK):
+        pytest.skip("no folder is known here that is in memory")
+    with tempfile.NamedTemporaryFile(dir=memory) as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        assert not drop([Path(file.name)])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to forget files")
+def test_files_on_a_disk_can(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True).stdout
+    if not kind.startswith(("ext", "xfs", "btrfs")):
+        pytest.skip(f"temporary files are on {kind.strip() or 'something'}, of which nothing is known")
+    assert drop([path])
+
+
+def test_a_folder_without_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{tmp_path} has .* free, .* takes 1000000000\.0 GB; give --folder"):
+        run(1e9, 1, folder=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"No such file or directory.*; give --folder another folder"):
+        run(0.1, 1, folder=tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []

@@ -18,14 +18,30 @@ GB = 1 << 30
 MEMINFO = f"MemTotal: {16 * GB // 1024} kB\nMemFree: 1024 kB\nMemAvailable: {12 * GB // 1024} kB\nHugePages_Total: 0\n"
 
 
-def host(tmp_path: Path, **files: str) -> Memory | None:
-    """The memory by a `meminfo` and by a control group's files, in which __ stands for a dot and v1_ for version 1."""
+V2, V1 = "0::{}\n", "4:memory:{}\n3:cpu,cpuacct:/elsewhere\n"
+
+
+def host(tmp_path: Path, group: str = V2.format("/"), root: str = "/", **files: str) -> Memory | None:
+    """The memory by a `meminfo` and by the files of control groups of both versions, mounted in folders with a space in
+    their names. In the files' names __ stands for a dot and ___ for a slash; v1_ is for version 1.
+    """
+    (tmp_path / "self").mkdir(exist_ok=True)
     (tmp_path / "meminfo").write_text(files.pop("meminfo", MEMINFO))
-    (tmp_path / "memory").mkdir(exist_ok=True)
+    (tmp_path / "self" / "cgroup").write_text(group)
+    mounts = [
+        "23 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw",
+        "24 23 0:1 / /none rw - tmpfs  rw",
+        rf"32 31 0:29 {root} {tmp_path}/the\040cpus rw,relatime - cgroup cgroup rw,cpu,cpuacct",
+        rf"35 31 0:32 {root} {tmp_path}/version\0401 rw,relatime shared:2 - cgroup cgroup rw,memory",
+        rf"41 31 0:38 {root} {tmp_path}/version\0402 rw,relatime - cgroup2 cgroup2 rw",
+    ]
+    (tmp_path / "self" / "mountinfo").write_text("\n".join(mounts) + "\n")
     for name, content in files.items():
-        folder = tmp_path / "memory" if name.startswith("v1_") else tmp_path
-        (folder / name.removeprefix("v1_").replace("__", ".")).write_text(content)
-    return host_memory(tmp_path / "meminfo", tmp_path)
+        folder = tmp_path / ("version 1" if name.startswith("v1_") else "version 2")
+        file = folder / name.removeprefix("v1_").replace("___", "/").replace("__", ".")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    return host_memory(tmp_path)
 
 
 def test_page_cache_is_free(tmp_path: Path) -> None:
@@ -33,19 +49,65 @@ def test_page_cache_is_free(tmp_path: Path) -> None:
 
 
 def test_a_container_limit_counts_with_its_page_cache_free(tmp_path: Path) -> None:
-    stat = f"anon 5\ninactive_file {GB}\n"
+    """Active page cache too, as of a checkpoint that was read twice; what is to be written first is not free."""
+    stat = f"anon 5\nactive_file {GB}\ninactive_file {GB}\nfile_dirty {GB // 4}\nfile_writeback {GB // 4}\n"
     found = host(tmp_path, memory__max=f"{4 * GB}\n", memory__current=f"{3 * GB}\n", memory__stat=stat)
-    assert found == Memory("cpu", "CPU", 2 * GB, 4 * GB)
+    assert found == Memory("cpu", "CPU", 5 * GB // 2, 4 * GB)
 
 
 def test_a_container_limit_of_version_1(tmp_path: Path) -> None:
+    file = f"total_active_file {GB}\ntotal_inactive_file {GB}\n"
     found = host(
         tmp_path,
+        V1.format("/"),
         v1_memory__limit_in_bytes=str(4 * GB),
         v1_memory__usage_in_bytes=str(3 * GB),
-        v1_memory__stat=f"inactive_file 7\ntotal_inactive_file {GB}\n",
+        v1_memory__stat=f"inactive_file 7\n{file}total_dirty {GB // 4}\ntotal_writeback {GB // 4}\n",
     )
-    assert found == Memory("cpu", "CPU", 2 * GB, 4 * GB)
+    assert found == Memory("cpu", "CPU", 5 * GB // 2, 4 * GB)
+
+
+NESTED = {
+    "user__slice___job___memory__max": "max\n",
+    "user__slice___job___memory__current": "1",
+    "user__slice___job___memory__stat": "",
+    "user__slice___memory__max": str(8 * GB),
+    "user__slice___memory__current": str(7 * GB),
+    "user__slice___memory__stat": "",
+    "memory__max": str(6 * GB),
+    "memory__current": str(GB),
+    "memory__stat": "",
+}
+
+
+def test_the_smallest_limit_and_the_least_free_of_all_groups_above_count(tmp_path: Path) -> None:
+    assert host(tmp_path, V2.format("/user.slice/job"), **NESTED) == Memory("cpu", "CPU", GB, 6 * GB)
+
+
+def test_nested_groups_of_version_1(tmp_path: Path) -> None:
+    limit = {"limit_in_bytes": str(2 * GB), "usage_in_bytes": str(GB), "stat": "total_active_file 0\n"}
+    files = {f"v1_docker___one___memory__{name}": value for name, value in limit.items()}
+    assert host(tmp_path, V1.format("/docker/one"), **files) == Memory("cpu", "CPU", GB, 2 * GB)
+
+
+@pytest.mark.parametrize(
+    ("group", "root"),
+    [
+        ("/docker/one/user.slice/job", "/docker/one"),  # the host's names, with only the container's part mounted
+        ("/user.slice/job", "/"),
+    ],
+)
+def test_a_group_is_looked_for_in_what_is_mounted(tmp_path: Path, group: str, root: str) -> None:
+    assert host(tmp_path, V2.format(group), root, **NESTED) == Memory("cpu", "CPU", GB, 6 * GB)
+
+
+@pytest.mark.parametrize("group", ["/../other", "/elsewhere"])
+def test_of_a_group_outside_of_what_is_mounted_the_root_counts(tmp_path: Path, group: str) -> None:
+    assert host(tmp_path, V2.format(group), "/docker", **NESTED) == Memory("cpu", "CPU", 5 * GB, 6 * GB)
+
+
+def test_a_line_of_no_controller_of_memory_is_none(tmp_path: Path) -> None:
+    assert host(tmp_path, "3:cpu,cpuacct:/\n", **NESTED) == Memory("cpu", "CPU", 12 * GB, 16 * GB)
 
 
 @pytest.mark.parametrize("most", ["max", str(1 << 62)])

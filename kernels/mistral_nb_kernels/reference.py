@@ -112,15 +112,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def quantize_int8(x: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_int8(x: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric int8, one scale a row: x [rows, in] -> (int8 [rows, in], fp32 [rows]), x ~ values * scale[:, None].
 
-    With `overwrite` an fp32 `x` is used for the quotients, which spares their memory.
+    With `out` they go there, and an fp32 `x` is overwritten with the quotients: nothing of its size is allocated.
     """
     largest = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg())
     scale = largest.float().clamp_min_(1e-12).mul_(1 / INT8_MAX)
-    quotients = x.div_(scale) if overwrite else x / scale
-    return quotients.round_().to(torch.int8), scale[:, 0]
+    if out is None:
+        return (x / scale).round_().to(torch.int8), scale[:, 0]
+    values, scales = out
+    scales.copy_(scale[:, 0])
+    values.copy_(x.div_(scale).round_())
+    return out
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

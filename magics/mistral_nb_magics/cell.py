@@ -20,15 +20,18 @@ from traitlets import Bool, Unicode
 from mistral_nb.answer import Answer, Result
 from mistral_nb.config import BACKENDS, Settings, load_settings
 from mistral_nb.errors import ConfigurationError, MistralError
-from mistral_nb.types import Chunk
+from mistral_nb.safe_markdown import plain_text
+from mistral_nb.types import Chunk, GenerationRequest
 from mistral_nb_magics.commands import COMMANDS, find_command
 from mistral_nb_magics.display import Style, is_notebook, make_display, mark_of, show_result
+from mistral_nb_magics.lora import run_lora
 from mistral_nb_magics.options import Call, config_traits, mistral_arguments, read_call
 from mistral_nb_magics.stream import Interrupts, follow
 
 if TYPE_CHECKING:
     from mistral_nb.backends import Selection
     from mistral_nb.backends.base import DryRun
+    from mistral_nb.calling import CallRecord
 
 __all__ = ["Mistral"]
 
@@ -103,18 +106,38 @@ class Mistral(Magics):
         return {"system": self.system or None, **{name: getattr(self, name) for name in config_traits()}}
 
     def _ask(self, call: Call, selection: Selection) -> Result:
+        if call.toolbox is None:
+            return self._finished(call, self._answer(call, call.request, selection))
+        from mistral_nb.calling import Rounds
+
+        rounds = Rounds(call.request, call.toolbox, call.max_rounds)
+        while True:
+            result = self._answer(call, rounds.request, selection, tuple(rounds.records))
+            if not rounds.take(result.tool_calls, lambda record: print(plain_text(str(record)), flush=True)):
+                return self._finished(call, result)
+
+    def _answer(
+        self, call: Call, request: GenerationRequest, selection: Selection, calls: tuple[CallRecord, ...] = ()
+    ) -> Result:
+        """One answer, shown while it comes. Where its calls are to be run, only its text is shown."""
         who = selection.backend.describe()
         style = Style(call.format, f"Asking {who.model}", selection.why, self.footer)
         display = make_display(self._shell, style)
-        with Interrupts() as interrupts, Answer(selection.backend, call.request) as answer:
+        with Interrupts() as interrupts, Answer(selection.backend, request) as answer:
             error = follow(answer, display, interrupts)
-            result = self.last = answer.result
+            result = self.last = replace(answer.result, calls=calls)
             self._last_style = replace(style, waiting="")
             if call.out:
                 self._shell.user_ns[call.out] = result
-            display.finish(result, error)
+            if call.toolbox is not None and result.tool_calls and not error and not result.text.strip():
+                display.conclude("")
+            else:
+                display.finish(result, error)
         if error:
             raise error
+        return result
+
+    def _finished(self, call: Call, result: Result) -> Result:
         self._follow_up(result, call.format)
         return self._already_shown(result)
 
@@ -183,6 +206,8 @@ class Mistral(Magics):
                 from mistral_nb.model_report import model_report, models_table
 
                 print(model_report(options.model) if options.model else models_table())
+            case "lora":
+                run_lora(options, self._settings(), self._work)
             case "help":
                 print(_MAGIC.__doc__)
             case _:

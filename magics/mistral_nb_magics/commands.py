@@ -12,7 +12,9 @@ from IPython.core.magic_arguments import MagicArgumentParser
 
 from mistral_nb_magics.interpolate import near_miss
 
-__all__ = ["COMMANDS", "find_command"]
+__all__ = ["COMMANDS", "LORA_ACTIONS", "find_command"]
+
+LORA_ACTIONS = ("list", "public", "check", "push")
 
 
 def _parser(*options: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
@@ -38,6 +40,16 @@ COMMANDS: dict[str, tuple[str, argparse.ArgumentParser]] = {
         "fetch a model into the store: a name, a Hugging Face id (--revision R), or a path (--name N)",
         _parser(("model", {"nargs": "?"}), ("--revision", {}), ("--name", {})),
     ),
+    "lora": (
+        "LoRA adapters: list, public, check DIR, and push DIR --name N to Cloudflare (--model M, --description D)",
+        _parser(
+            ("action", {"nargs": "?"}),
+            ("folder", {"nargs": "?"}),
+            ("--name", {}),
+            ("--model", {}),
+            ("--description", {"default": ""}),
+        ),
+    ),
     "help": ("this manual", _parser()),
 }
 """What each command does, and its options."""
@@ -47,20 +59,20 @@ def find_command(line: str) -> tuple[str, argparse.Namespace] | None:
     """The command that a line is, with its options; None for a prompt.
 
     A line is a command when its first word is a command's name and nothing but options comes after it (for `pull` and
-    `models`, one word too), and always when an option comes right after it. An empty line is the command "". Raises
-    `UsageError` for an unknown option.
+    `models`, one word too; for `lora`, one of its actions and a folder), and always when an option comes right after
+    it. An empty line is the command "". Raises `UsageError` for an unknown option.
     """
     words = line.split()
     if not words:
         return "", argparse.Namespace()
-    if words[0] not in COMMANDS:
+    if words[0] not in COMMANDS or (words[0] == "lora" and words[1:] and words[1] not in LORA_ACTIONS):
         return None
     parser = COMMANDS[words[0]][1]
     try:
         arguments = shlex.split(line)[1:]
     except ValueError:
         return None
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_intermixed_args(arguments)
     if any(not word.startswith("-") for word in rest) and not re.match(r"--\w", words[1]):
         return None
     if rest:

@@ -12,7 +12,7 @@ from IPython.core.error import UsageError
 
 from mistral_nb.config import BACKENDS
 from mistral_nb.errors import ModelError
-from mistral_nb_magics.commands import COMMANDS
+from mistral_nb_magics.commands import COMMANDS, LORA_ACTIONS
 from mistral_nb_magics.interpolate import lookup
 from mistral_nb_magics.options import FORMATS
 
@@ -64,6 +64,8 @@ def _words(
         return _models()
     if last in _NAMED:
         return _names("", namespace)
+    if former == ["lora"] and in_line and not word.startswith("-"):
+        return LORA_ACTIONS
     if former and former[0] in COMMANDS and in_line:
         parser = COMMANDS[former[0]][1]
         return [name for action in parser._actions for name in action.option_strings]

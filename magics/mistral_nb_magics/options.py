@@ -58,7 +58,7 @@ def mistral_arguments(manual: str) -> Callable[[F], F]:
     """Decorate a magic with every option; `manual` and the options' help become its docstring."""
     options = [
         argument("-o", "--out", metavar="NAME", help="Put the Result into this variable."),
-        argument("--backend", help=f"Who answers: {', '.join(BACKENDS)}."),
+        argument("--backend", help=f"Who answers: {', '.join(BACKENDS)}, or the address of a server elsewhere."),
         argument("--model", help="The model: a name of the backend's, or a checkpoint folder."),
         argument("--system", metavar="TEXT", help="The system text that comes before the prompt."),
         argument("--format", choices=FORMATS, metavar="FORMAT", help=f"How to show the answer: {_formats()}."),

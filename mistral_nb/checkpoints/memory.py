@@ -9,7 +9,7 @@ from typing import Literal
 from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.errors import ModelError
 
-__all__ = ["Choice", "Device", "Estimate", "Precision", "check_fits", "choices_that_fit", "estimate"]
+__all__ = ["Choice", "Device", "Estimate", "Precision", "check_fits", "choices_that_fit", "estimate", "int8_runs"]
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Device = Literal["cpu", "cuda"]
@@ -20,7 +20,7 @@ _PRECISIONS: dict[Device, tuple[Precision, ...]] = {
     "cpu": ("fp32", "bf16", "fp16", "int8"),
     "cuda": ("fp32", "bf16", "fp16"),
 }
-_LIBRARIES: dict[Device, int] = {"cpu": 16_000_000, "cuda": 600_000_000}
+_LIBRARIES: dict[Device, int] = {"cpu": 40_000_000, "cuda": 600_000_000}
 CHUNK = 128
 """Tokens of a prompt that the engine reads at a time."""
 _MASK = 5
@@ -55,8 +55,9 @@ def estimate(args: ModelArgs, precision: Precision, context: int, device: Device
     """What the engine will take with a context of so many tokens.
 
     Weights and KV are exact. The workspace is the RoPE table and what a prompt's chunk of 128 tokens has at its widest:
-    activations, and on the CPU the attention mask, on a GPU every head's scores. On top, 16 MB are assumed for what the
-    libraries keep, and on a GPU 600 MB for the CUDA context, cuBLAS and captured graphs.
+    activations, and on the CPU the attention mask, on a GPU every head's scores. On top, 40 MB are assumed for what the
+    libraries keep (18 to 30 MB with the embedded model, by precision), and on a GPU 600 MB for the CUDA context, cuBLAS
+    and captured graphs.
     """
     size = _SIZES[precision]
     kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * size
@@ -76,7 +77,7 @@ def choices_that_fit(args: ModelArgs, free: int, device: Device) -> list[Choice]
     """
     found = []
     for precision in _PRECISIONS[device]:
-        if precision == "int8" and not _int8_runs(args):
+        if precision == "int8" and not int8_runs(args):
             continue
         for context in _contexts(args.context):
             total = estimate(args, precision, context, device).total
@@ -86,8 +87,15 @@ def choices_that_fit(args: ModelArgs, free: int, device: Device) -> list[Choice]
     return found
 
 
-def check_fits(args: ModelArgs, precision: Precision, context: int, device: Device, free: int | None) -> None:
-    """`ModelError` with the choices that would fit, if the model needs more than `free` bytes (None: nobody knows)."""
+def check_fits(
+    args: ModelArgs, precision: Precision, context: int, device: Device, free: int | None, host: int | None = None
+) -> None:
+    """`ModelError` with the choices that would fit, if the model needs more than `free` bytes (None: nobody knows), and
+    for a model that int8 cannot run. Where no choice fits a GPU, those of the CPU are told, with `host` bytes free.
+    """
+    if precision == "int8" and not int8_runs(args):
+        inputs = next(inputs for inputs in _inputs(args) if inputs % 32)
+        raise ModelError(f"int8 needs matrices with a multiple of 32 inputs, not {inputs}; choose bf16, fp32 or auto")
     need = estimate(args, precision, context, device)
     if free is None or need.total <= free:
         return
@@ -97,17 +105,27 @@ def check_fits(args: ModelArgs, precision: Precision, context: int, device: Devi
         f"(weights {_gb(need.weights)}, KV {_gb(need.kv)}, workspace {_gb(need.workspace)}), "
         f"and {where} has {_gb(free)} free"
     )
-    choices = choices_that_fit(args, free, device)
-    if not choices:
-        raise ModelError(
-            f"{problem}; no precision fits with a context of {_SHORTEST}: free memory or choose a smaller model"
-        )
-    unlike = {choice.total: choice for choice in reversed(choices)}
-    options = " or ".join(
-        f"--precision {choice.precision} --context {choice.context} ({_gb(choice.total)})"
-        for choice in reversed(unlike.values())
+    if options := _options(args, free, device, precision):
+        raise ModelError(f"{problem}; what fits: {options}")
+    if device == "cuda" and host is not None and (options := _options(args, host, "cpu", precision, "--device cpu ")):
+        raise ModelError(f"{problem}; nothing fits there, but on the CPU: {options}")
+    raise ModelError(
+        f"{problem}; no precision fits with a context of {_SHORTEST}: free memory or choose a smaller model"
     )
-    raise ModelError(f"{problem}; what fits: {options}")
+
+
+def _options(args: ModelArgs, free: int, device: Device, asked: Precision, before: str = "") -> str:
+    """The choices that fit, as options for `serve`; of those that take the same memory the precision that was asked
+    for, or the first.
+    """
+    unlike: dict[int, Choice] = {}
+    for choice in choices_that_fit(args, free, device):
+        if choice.total not in unlike or choice.precision == asked:
+            unlike[choice.total] = choice
+    return " or ".join(
+        f"{before}--precision {choice.precision} --context {choice.context} ({_gb(choice.total)})"
+        for choice in unlike.values()
+    )
 
 
 def _weights(args: ModelArgs, precision: Precision) -> int:
@@ -128,9 +146,14 @@ def _activations(args: ModelArgs, size: int) -> int:
     return CHUNK * (max(attention, mlp) + 4 * args.dim) * size + 2 * _BATCH * args.vocab_size * 4
 
 
-def _int8_runs(args: ModelArgs) -> bool:
+def int8_runs(args: ModelArgs) -> bool:
     """The int8 kernel takes matrices with a multiple of 32 inputs."""
-    return not any(inputs % 32 for inputs in (args.dim, args.n_heads * args.head_dim, args.hidden_dim))
+    return not any(inputs % 32 for inputs in _inputs(args))
+
+
+def _inputs(args: ModelArgs) -> tuple[int, ...]:
+    """Of the matrices."""
+    return args.dim, args.n_heads * args.head_dim, args.hidden_dim
 
 
 def _contexts(longest: int) -> Iterator[int]:

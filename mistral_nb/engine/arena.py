@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mistral_nb.errors import ModelError
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "pages"]
 
 REGION = 1 << 28
 """Bytes that are asked of the system at a time. What is never written to takes no memory."""
@@ -38,7 +38,7 @@ class Arena:
             if self._device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
                 return torch.empty(tuple(shape), dtype=dtype, device=self._device)
             return self._cut(math.prod(shape), dtype).view(tuple(shape))
-        except (OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # torch raises the last on either device
             first = str(error).partition("\n")[0]
             raise ModelError(
                 f"there is no memory for the model's weights ({first}); free some, or choose a smaller precision"
@@ -52,6 +52,11 @@ class Arena:
         tensor = torch.frombuffer(self._region, dtype=dtype, count=count, offset=self._used)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return tensor
+
+
+def pages(size: int) -> Tensor:
+    """`size` bytes of the CPU's memory, which the system has back as soon as the tensor is gone."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
 def _huge_pages(size: int) -> mmap.mmap:

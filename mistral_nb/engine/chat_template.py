@@ -19,9 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import TemplateError, nodes
 from jinja2.visitor import NodeTransformer
 
+from mistral_nb.engine.functions import NOTHING, Offer, in_words
 from mistral_nb.engine.mistral_format import Control, Part, refuse_turn
 from mistral_nb.engine.template_sandbox import ChatSandbox, Refused
 from mistral_nb.errors import InvalidRequest, ModelError
@@ -41,6 +42,8 @@ class JinjaTemplate:
     compiled, or is longer than `MAX_SOURCE` characters, is `ModelError`.
     """
 
+    call_token: Control | None = None
+
     def __init__(self, source: str, *, controls: Collection[str], specials: Mapping[str, str]) -> None:
         if len(source) > MAX_SOURCE:
             raise ModelError(f"the checkpoint's chat template is longer than {MAX_SOURCE} characters; {_ADVICE}")
@@ -52,22 +55,22 @@ class JinjaTemplate:
         self._specials = {name: self._marks.get(token, token) for name, token in specials.items()}
         self._sandbox = ChatSandbox()
         try:
-            self._takes_tools = "tools" in meta.find_undeclared_variables(self._sandbox.parse(source))
             marking = _Marking(lambda text: self._control.sub(lambda match: self._marks[match[0]], text))
             self._template = self._sandbox.from_string(marking.visit(self._sandbox.parse(source)))
         except (TemplateError, RecursionError, SyntaxError) as error:
             raise ModelError(f"the checkpoint's chat template does not compile: {error}; {_ADVICE}") from error
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message], offer: Offer = NOTHING) -> list[Part]:
         """The prompt up to where the assistant's answer begins; no two texts are neighbours.
+
+        Functions and their results are told in words, whatever the template could say of them: so one form of calls
+        is right for every checkpoint.
 
         `InvalidRequest` names the turn that the template refuses; `ModelError` says how the template failed.
         """
         if not messages:
             raise InvalidRequest("messages", [], "must hold at least one turn")
-        for index, message in enumerate(messages):
-            if message.role == "tool" and not self._takes_tools:
-                raise refuse_turn(messages, index, "this model's chat template takes no tool turns")
+        messages = in_words(messages, offer)
         text = self._render(messages)
         built = self._built_from_pieces(messages, text)
         parts: list[Part] = []

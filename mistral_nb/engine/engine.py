@@ -15,12 +15,13 @@ import mistral_nb_kernels as ops
 from mistral_nb.checkpoints.checkpoint import open_checkpoint
 from mistral_nb.checkpoints.memory import Device, Precision, check_fits
 from mistral_nb.engine.device import available_cpus, choose_device, choose_precision, free_memory
+from mistral_nb.engine.grammar import Constraint
 from mistral_nb.engine.kv_cache import KVCache
 from mistral_nb.engine.model import Cancelled, Span, Transformer
 from mistral_nb.engine.sampling import Sampler, Sampling
 from mistral_nb.engine.scheduler import Generation, Scheduler, Token
 from mistral_nb.engine.weights import load_weights
-from mistral_nb.errors import ContextOverflow, EngineError, InvalidRequest
+from mistral_nb.errors import ConfigurationError, ContextOverflow, EngineError, InvalidRequest
 
 __all__ = ["Engine", "EngineInfo"]
 
@@ -86,22 +87,25 @@ class Engine:
         """Load a checkpoint folder and start the engine's thread.
 
         `auto` takes an NVIDIA GPU where there is one, in bf16 (fp16 before compute capability 8.0), else the CPU in
-        int8. `context`, in tokens, cuts the model's own, and with it the memory that must be free. `threads` is for
-        reading files and for prompts on the CPU, by default as many as there are CPUs; decoding takes half of them.
+        int8 (bf16 for a model that int8 cannot run). `context`, in tokens, cuts the model's own, and with it the memory
+        that must be free. `threads` is for reading files and for prompts on the CPU, by default as many as there are
+        CPUs; decoding takes half of them.
         `progress` gets bytes, in this thread, and ends the loading by raising.
 
         Raises `ModelError` for a checkpoint that is broken and, before any memory is taken, for one that does not fit
-        into what is free; `ConfigurationError` for a device that is not there.
+        into what is free; `ConfigurationError` for a device that is not there and a context below 1.
         """
+        if context is not None and context < 1:
+            raise ConfigurationError(f"context = {context}: must be at least 1 token; None is all that the model has")
         target = choose_device(device)
-        chosen = choose_precision(precision, target)
         threads = threads or available_cpus()
         checkpoint = open_checkpoint(folder)
         args = checkpoint.args
+        chosen = choose_precision(precision, target, args)
         if context is not None:
             args = replace(args, context=min(context, args.context))
         kind: Device = "cuda" if target.type == "cuda" else "cpu"
-        check_fits(args, chosen, args.context, kind, free_memory(target))
+        check_fits(args, chosen, args.context, kind, free_memory(target), free_memory(torch.device("cpu")))
         readers = max(MIN_READERS, min(threads, MAX_READERS))
         weights = load_weights(checkpoint, chosen, target, progress, threads=readers)
         torch.set_num_threads(threads)
@@ -135,12 +139,13 @@ class Engine:
         max_tokens: int,
         stop_ids: frozenset[int] = frozenset(),
         on_token: Callable[[Token], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Queue a generation; its tokens go to `on_token`, on the engine's thread, or to whoever iterates it.
 
-        `max_tokens` is cut to what the context leaves. Raises `ContextOverflow` when the context leaves nothing,
-        `InvalidRequest` for an empty prompt, an id outside the vocabulary or `max_tokens` below 1, `EngineError` once
-        closed.
+        `max_tokens` is cut to what the context leaves; `constraint` is this generation's own. Raises `ContextOverflow`
+        when the context leaves nothing, `InvalidRequest` for an empty prompt, an id outside the vocabulary or
+        `max_tokens` below 1, `EngineError` once closed.
         """
         if max_tokens < 1:
             raise InvalidRequest("max_tokens", max_tokens, "must be at least 1")
@@ -153,7 +158,7 @@ class Engine:
         room = self.info.context - len(ids)
         if room < 1:
             raise ContextOverflow(len(ids), self.info.context)
-        sampler = Sampler(sampling, ids, self.info.vocab_size, self._device)
+        sampler = Sampler(sampling, ids, self.info.vocab_size, self._device, constraint)
         generation = Generation(ids, sampler, min(max_tokens, room), stop_ids, on_token, self._notify)
         with self._wake:
             if self._closing or self._failure:
@@ -245,6 +250,8 @@ def _choose(generation: Generation, logits: torch.Tensor) -> None:
         token = generation.sampler.next(logits)
     except FloatingPointError as error:
         generation.finish("error", error=f"the model's numbers broke down ({error}); try another precision")
+    except EngineError as error:
+        generation.finish("error", error=str(error))
     else:
         generation.take(token)
 

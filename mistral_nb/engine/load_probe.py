@@ -1,6 +1,6 @@
 """One loading of a checkpoint in a process of its own, measured: `python -m mistral_nb.engine.load_probe FOLDER`.
 
-Prints one line of JSON: seconds, what the progress said, and the process's memory before and at its peak.
+Prints one line of JSON: seconds, what the progress said, and the process's memory before, at its peak and after.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--threads", type=int, help="as many as there are CPUs where it is left out")
     parser.add_argument("--touch", type=int, default=0, help="bytes of memory to touch and give back before")
     options = parser.parse_args()
     found = {"touch_s": touch(options.touch), "again_s": touch(options.touch)}
@@ -34,10 +35,11 @@ def main() -> None:
         options.folder,
         device="cpu",
         precision=options.precision,
+        threads=options.threads,
         progress=lambda done, total: told.append((done, total)),
     )
     found["load_s"] = time.perf_counter() - began
-    found["peak"] = memory("VmHWM")
+    found["peak"], found["after"] = memory("VmHWM"), memory("VmRSS")
     engine.close()
     print(json.dumps(found | {"reports": len(told), "last_report": told[-1]}))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mistral_nb.checkpoints.checkpoint import TensorInfo
 from mistral_nb.checkpoints.untrusted import AGAIN, open_file, readable
+from mistral_nb.engine.arena import pages
 from mistral_nb.errors import ModelError
 
 __all__ = ["DTYPES", "Part", "read_parts"]
@@ -71,14 +72,17 @@ def read_parts(
     reader = _Reader(max((block.size for block in blocks if block.part.direct is None), default=0), pinned)
     done = 0
     progress(done, total)
-    # torch shares one operator among threads of its own, which would be in the way of ours
+    # torch shares one operator among threads of its own, which would be in the way of ours; the last thread to say how
+    # many there are says it for every thread to come
+    usual = torch.get_num_threads()
     with ThreadPoolExecutor(threads, "mistral-nb read", torch.set_num_threads, (1,)) as pool:
         try:
-            for size in pool.map(reader.read, blocks):
-                done += size
+            for read in [pool.submit(reader.read, block) for block in blocks]:
+                done += read.result()
                 progress(done, total)
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(usual)
             reader.close()
 
 
@@ -137,7 +141,8 @@ class _Reader:
 
     def _own_scratch(self) -> Tensor:
         if not hasattr(self._own, "scratch"):
-            self._own.scratch = torch.empty(self._scratch, dtype=torch.uint8, pin_memory=self._pinned)
+            size = self._scratch
+            self._own.scratch = torch.empty(size, dtype=torch.uint8, pin_memory=True) if self._pinned else pages(size)
         scratch: Tensor = self._own.scratch
         return scratch
 

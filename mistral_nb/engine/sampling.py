@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mistral_nb_kernels as ops
+from mistral_nb.engine.grammar import Constraint
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import FIELDS, GenerationRequest
 
@@ -56,10 +57,21 @@ class Sampling:
 
 
 class Sampler:
-    """Draws one sequence's tokens. A draw is keyed by (seed, index of the token), so no other sequence changes it."""
+    """Draws one sequence's tokens. A draw is keyed by (seed, index of the token), so no other sequence changes it.
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
+    `constraint` says which tokens may come next; the others have no part in what is drawn from.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        constraint: Constraint | None = None,
+    ) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self.seed = secrets.randbelow(_SEEDS) + 1 if sampling.seed is None else sampling.seed
         self._drawn = 0
         self._seen: Tensor | None = None
@@ -71,8 +83,10 @@ class Sampler:
             self._counts = torch.zeros(vocab_size, device=device)
 
     def next(self, logits: Tensor) -> int:
-        """The next token from `logits` [vocab]; remembered for the penalties."""
+        """The next token from `logits` [vocab]; remembered for the penalties. `EngineError` if the constraint fails."""
         sampling = self._sampling
+        if self._constraint is not None:
+            logits = logits.masked_fill(~self._constraint.allowed().to(logits.device), -math.inf)
         token = ops.sample(
             logits,
             temperature=sampling.temperature,
@@ -86,6 +100,8 @@ class Sampler:
             presence_penalty=sampling.presence_penalty,
         )
         self._drawn += 1
+        if self._constraint is not None:
+            self._constraint.take(token)
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 from mistral_nb.checkpoints.tokenizer_files import speaks_mistral, template_source, tokenizer_file
 from mistral_nb.engine.chat_template import JinjaTemplate, any_of, split_at
 from mistral_nb.engine.detokenizer import Detokenizer
+from mistral_nb.engine.functions import NOTHING, Offer
+from mistral_nb.engine.grammar import Constraint, Grammars
 from mistral_nb.engine.mistral_format import BEGIN_INST, BOS, EOS, Control, MistralFormat, Part
 from mistral_nb.engine.vocabulary import JsonVocabulary, SentencePieceVocabulary, Vocabulary, read_json
 from mistral_nb.errors import InvalidRequest, ModelError
@@ -23,9 +26,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ChatFormat(Protocol):
-    """How a conversation becomes the parts of a prompt."""
+    """How a conversation becomes the parts of a prompt. `call_token` is the one that stands before calls, if any."""
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]: ...
+    @property
+    def call_token(self) -> Control | None: ...
+
+    def parts(self, messages: Sequence[Message], offer: Offer = NOTHING) -> list[Part]: ...
 
     def render(self, parts: Sequence[Part]) -> str: ...
 
@@ -48,6 +54,8 @@ class Tokenizer:
         self.vocab_size = vocabulary.size
         self.bos_id = None if begins_with is None else vocabulary.controls[begins_with]
         self.eos_ids = eos_ids
+        self._grammars: Grammars | None = None
+        self._building = threading.Lock()
 
     def encode_raw(self, text: str) -> list[int]:
         """The ids of a raw prompt: a control token's text is that token, as in the chat template.
@@ -64,14 +72,37 @@ class Tokenizer:
             parts.insert(0, Control(self._bos))
         return self._encode(parts)
 
-    def encode_chat(self, messages: Sequence[Message], functions: Sequence[Function] | None = None) -> list[int]:
-        """The ids of a conversation up to where the answer begins. `InvalidRequest` names the turn that is wrong."""
-        return self._encode(self._parts(messages, functions))
+    def encode_chat(
+        self, messages: Sequence[Message], functions: Sequence[Function] | None = None, choice: str = "auto"
+    ) -> list[int]:
+        """The ids of a conversation up to where the answer begins. `InvalidRequest` names the turn that is wrong.
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+        `choice` says what the model is to do with the functions: `auto`, `none`, `required`, or call the one so named.
+        """
+        return self._encode(self._chat_format().parts(messages, Offer.of(functions, choice)))
+
+    def render_chat(
+        self, messages: Sequence[Message], functions: Sequence[Function] | None = None, choice: str = "auto"
+    ) -> str:
         """The prompt of a conversation in readable form, its control tokens shown."""
         chat = self._chat_format()
-        return chat.render(chat.parts(messages))
+        return chat.render(chat.parts(messages, Offer.of(functions, choice)))
+
+    def constraint(self, functions: Sequence[Function] | None, choice: str, vocab_size: int) -> Constraint | None:
+        """What holds an answer to whole calls of `functions`; None where it cannot hold a call.
+
+        `vocab_size` is the model's, which may be larger than the tokenizer's. Raises `InvalidRequest` for a function
+        whose schema no grammar can be made of, and `MissingDependency` without llguidance.
+        """
+        offer = Offer.of(functions, choice)
+        if not offer.tools:
+            return None
+        with self._building:
+            if self._grammars is None or self._grammars.vocab_size != vocab_size:
+                token = self._chat_format().call_token
+                call_id = None if token is None else self._vocabulary.controls[token.token]
+                self._grammars = Grammars(self._vocabulary, self.eos_ids, vocab_size, call_id)
+        return self._grammars.constraint(offer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer; special tokens have none."""
@@ -82,12 +113,6 @@ class Tokenizer:
         """A detokenizer for one answer."""
         vocabulary = self._vocabulary
         return Detokenizer(vocabulary.piece, errors=vocabulary.errors, drop_space=vocabulary.drop_space)
-
-    def _parts(self, messages: Sequence[Message], functions: Sequence[Function] | None) -> list[Part]:
-        if functions:
-            names = [function.name for function in functions]
-            raise InvalidRequest("functions", names, "this model's chat template takes none; leave them out")
-        return self._chat_format().parts(messages)
 
     def _chat_format(self) -> ChatFormat:
         if self._chat is None:

@@ -19,7 +19,10 @@ from mistral_nb.engine.detokenizer import SPACE, Errors, Piece
 from mistral_nb.engine.mistral_format import Control, Part
 from mistral_nb.errors import MissingDependency, ModelError
 
-__all__ = ["JsonVocabulary", "SentencePieceVocabulary", "Vocabulary", "read_json"]
+__all__ = ["UNKNOWN_SHOWN", "JsonVocabulary", "SentencePieceVocabulary", "Vocabulary", "read_json"]
+
+UNKNOWN_SHOWN = " \u2047 "
+"""What an answer shows for the unknown token, as SentencePiece does."""
 
 _ADVICE = "fetch the checkpoint again"
 
@@ -88,7 +91,7 @@ class SentencePieceVocabulary:
         if self._model.is_byte(token):
             return bytes([int(self._model.id_to_piece(token)[3:-1], 16)])
         if self._model.is_unknown(token):
-            return " \u2047 "
+            return UNKNOWN_SHOWN
         return self._model.id_to_piece(token)
 
 
@@ -157,7 +160,7 @@ class JsonVocabulary:
         if self._bytes:
             return b"" if text is None or token in self._hidden else _bytes_of(text)
         if token == self._unknown:
-            return " \u2047 "
+            return UNKNOWN_SHOWN
         if text is None or token in self._hidden:
             return ""
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -12,10 +15,9 @@ from torch import Tensor
 import mistral_nb_kernels as ops
 from mistral_nb.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mistral_nb.checkpoints.memory import Precision
-from mistral_nb.engine.arena import Arena
+from mistral_nb.engine.arena import Arena, pages
 from mistral_nb.engine.model import FloatLinear, Int8Linear, Layer, Linear, Weights
 from mistral_nb.engine.reading import DTYPES, Part, read_parts
-from mistral_nb.errors import ModelError
 
 __all__ = ["load_weights"]
 
@@ -41,11 +43,35 @@ def load_weights(
     *,
     threads: int = 2,
 ) -> Weights:
-    """Read the tensors of a checkpoint with so many threads; beside the weights this takes a few MB for each.
+    """Read the tensors of a checkpoint with so many threads; beside the weights this takes a few MB for each, until
+    they end.
 
     `int8` keeps one scale per output row, and all that is no matrix in fp32. `progress` gets bytes read and bytes in
-    all, and ends the work by raising. Raises `ModelError` when a file cannot be read or was changed meanwhile.
+    all, and ends the work by raising. Raises `ModelError` when a file cannot be read or was changed meanwhile. No
+    exception, however long it is kept, holds any of the weights.
     """
+    try:
+        return _load(checkpoint, precision, device, progress, threads)
+    except BaseException as error:
+        _let_go(error)
+        raise
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear what the functions that `error` and its causes went through had in hand.
+
+    The errors of other threads are nobody's by then, but they hold themselves.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    gc.collect()
+
+
+def _load(
+    checkpoint: Checkpoint, precision: Precision, device: torch.device, progress: Progress, threads: int
+) -> Weights:
     began = time.perf_counter()
     plan = _Plan(checkpoint, precision, device)
     layers = tuple(plan.layer(f"layers.{index}.") for index in range(checkpoint.args.n_layers))
@@ -69,6 +95,7 @@ class _Plan:
         self._dtype = PLAIN[precision]
         self._device = device
         self._arena = Arena(device)
+        self._scratch = _Scratch()
 
     def vector(self, name: str) -> Tensor:
         info = self._checkpoint.tensors[name]
@@ -97,7 +124,7 @@ class _Plan:
             self._read(info, embeddings)
             return embeddings, FloatLinear(embeddings)
         output = self._int8_matrix(*info.shape)
-        plain, quantised = _rows_into(embeddings), _quantised_into(output)
+        plain, quantised = _rows_into(embeddings), self._quantised_into(output)
 
         def put(first: int, rows: Tensor) -> None:
             plain(first, rows)
@@ -118,13 +145,13 @@ class _Plan:
             if isinstance(matrix, FloatLinear):
                 self._read(info, matrix.weight[rows], interleaved=interleaved)
             else:
-                self._add(info, _quantised_into(Int8Linear(matrix.weight[rows], matrix.scale[rows])), interleaved)
+                part = Int8Linear(matrix.weight[rows], matrix.scale[rows])
+                self._add(info, self._quantised_into(part), interleaved)
             start = rows.stop
         return matrix
 
     def _int8_matrix(self, outputs: int, inputs: int) -> Int8Linear:
-        if inputs % 32:
-            raise ModelError(f"int8 needs matrices with a multiple of 32 inputs, not {inputs}; choose fp32")
+        assert inputs % 32 == 0
         values = self._arena.tensor((outputs, inputs), torch.int8)
         return Int8Linear(values, self._arena.tensor((outputs,), torch.float32))
 
@@ -139,23 +166,38 @@ class _Plan:
         else:
             self.parts.append(Part(info, put, direct))
 
+    def _quantised_into(self, place: Int8Linear) -> Put:
+        def put(first: int, rows: Tensor) -> None:
+            quotients = self._scratch.copy(rows).view(-1, rows.shape[-1])
+            block = slice(first, first + len(quotients))
+            ops.quantize_int8(quotients, out=(place.weight[block], place.scale[block]))
+
+        return put
+
 
 def _rows_into(place: Tensor) -> Put:
     def put(first: int, rows: Tensor) -> None:
-        place[first : first + len(rows)].copy_(rows.to(place.device))
-
-    return put
-
-
-def _quantised_into(place: Int8Linear) -> Put:
-    def put(first: int, rows: Tensor) -> None:
-        values, scale = ops.quantize_int8(rows.to(place.weight.device, torch.float32), overwrite=True)
-        place.weight[first : first + len(rows)] = values
-        place.scale[first : first + len(rows)] = scale
+        block = place[first : first + rows.numel() // rows.shape[-1]]
+        block.view(rows.shape).copy_(rows.to(place.device))
 
     return put
 
 
 def _half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads [heads * head_dim, in], whose rotated pairs are neighbours, with a pair's halves apart."""
-    return rows.view(-1, head_dim // 2, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+    """A view of rows of whole heads [heads * head_dim, in], whose rotated pairs are neighbours, with a pair's halves
+    apart: [heads, 2, head_dim / 2, in].
+    """
+    return rows.view(-1, head_dim // 2, 2, rows.shape[-1]).transpose(1, 2)
+
+
+class _Scratch(threading.local):
+    """fp32 memory of each thread, used again for every block: given back, what malloc takes in a thread stays there."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def copy(self, rows: Tensor) -> Tensor:
+        """`rows` in fp32, until the next call in this thread."""
+        if len(self._memory) < rows.numel():
+            self._memory = pages(4 * rows.numel()).view(torch.float32)
+        return self._memory[: rows.numel()].view(rows.shape).copy_(rows)

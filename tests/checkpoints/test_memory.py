@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,13 +104,37 @@ def test_mistral_7b() -> None:
     bf16 = estimate(MISTRAL_7B, "bf16", 32768, "cuda")
     assert bf16.weights == 2 * weights == 14_496_047_104
     assert bf16.kv == 32768 * 128 * 1024
-    assert bf16.total == bf16.weights + bf16.kv + bf16.workspace
     assert estimate(MISTRAL_7B, "fp32", 1024, "cpu").kv == 1024 * 256 * 1024
     int8 = estimate(MISTRAL_7B, "int8", 32768, "cpu")
     rows = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 32768
     vectors = 65 * 4096
     embeddings = 32768 * 4096
     assert int8.weights == (weights - vectors - embeddings) + 4 * rows + 4 * (vectors + embeddings)
+
+
+_FILL = """
+import json, sys
+from pathlib import Path
+from mistral_nb.engine import Engine, Sampling
+from mistral_nb.engine.load_probe import CLEAR_REFS, memory
+before = memory("VmRSS")
+CLEAR_REFS.write_text("5")
+engine = Engine.load(Path(sys.argv[1]), device="cpu", precision=sys.argv[2], context=int(sys.argv[3]))
+tokens = list(engine.submit(range(10, 8 + engine.info.context), Sampling(temperature=0), 2))
+print(json.dumps(memory("VmHWM") - before))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_a_full_context_takes_what_was_estimated(precision: Precision, embedded: Path) -> None:
+    """By the process's peak, beside interpreter and torch: no more, and up to 10% less."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-P", "-c", _FILL, str(embedded), precision, "512"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    args = dataclasses.replace(ModelArgs.from_folder(embedded), context=512)
+    assert 0.9 <= json.loads(done.stdout) / estimate(args, precision, 512, "cpu").total <= 1
 
 
 def test_choices() -> None:
@@ -144,6 +172,24 @@ def test_what_fits_and_what_does_not() -> None:
         check_fits(MISTRAL_7B, "fp32", 32768, "cpu", 10_500_000_000)
     with pytest.raises(ModelError, match="no precision fits with a context of 1024: free memory or choose a smaller"):
         check_fits(MISTRAL_7B, "int8", 32768, "cpu", 2_000_000_000)
+    with pytest.raises(ModelError, match=r"what fits: --precision fp16 --context 8192 \(16.4 GB\)$"):
+        check_fits(MISTRAL_7B, "fp16", 32768, "cuda", 17_000_000_000)
+
+
+def test_what_fits_on_no_gpu_may_fit_on_the_cpu() -> None:
+    with pytest.raises(ModelError) as caught:
+        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 8_000_000_000, 18_000_000_000)
+    message = str(caught.value)
+    assert "the GPU has 8.0 GB free; nothing fits there, but on the CPU: --device cpu --precision bf16" in message
+    assert " or --device cpu --precision int8 --context 32768 (" in message
+    with pytest.raises(ModelError, match="no precision fits with a context of 1024: free memory"):
+        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 8_000_000_000, 2_000_000_000)
+
+
+def test_int8_is_refused_where_it_does_not_run() -> None:
+    args = dataclasses.replace(MISTRAL_7B, dim=4080)
+    with pytest.raises(ModelError, match="a multiple of 32 inputs, not 4080; choose bf16, fp32 or auto"):
+        check_fits(args, "int8", 1024, "cpu", None)
 
 
 def test_the_largest_context_is_the_largest() -> None:

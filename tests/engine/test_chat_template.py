@@ -142,7 +142,6 @@ REFUSING = """{% for m in messages %}
         (["system", "user"], r"turn 1 of 2 \(system\).*no system turns"),
         (["user", "assistant", "assistant", "user"], r"turn 3 of 4 \(assistant\).*roles must alternate"),
         (["user", "user"], r"turn 2 of 2 \(user\).*roles must alternate"),
-        (["user", "assistant", "tool"], r"turn 3 of 3 \(tool\).*takes no tool turns"),
         ([], "at least one turn"),
     ],
 )
@@ -151,9 +150,12 @@ def test_a_turn_that_the_template_refuses_is_named(roles: list[str], error: str)
         template(REFUSING).parts([Message(role, "x") for role in roles])
 
 
-def test_a_template_with_tools_takes_tool_turns() -> None:
-    source = "{% if tools %}tools{% endif %}{% for m in messages %}{{ m.role }}{% endfor %}"
-    assert parts(source, ("user", "a"), ("tool", "b")) == ["usertool"]
+def test_a_template_is_told_of_results_in_words() -> None:
+    """One that knows of tools as well, so that there is one form of calls."""
+    source = "{% if tools %}tools{% endif %}{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    assert parts(source, ("user", "a"), ("assistant", "b"), ("tool", "c")) == [
+        'user aassistant buser Results of the functions:\n{"name": null, "content": "c"}'
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
 from mistral_nb.checkpoints import Precision, open_checkpoint
+from mistral_nb.engine import Engine, Sampling, reading
 from mistral_nb.engine.model import Cancelled, Span, Transformer
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ModelError
@@ -140,10 +141,16 @@ def test_tiny_models(tiny: tuple[Path, PreTrainedModel], split: int) -> None:
 
 
 def test_int8_needs_whole_vectors(tmp_path: Path) -> None:
-    """torch's int8 op reads out of bounds where a row is no multiple of 32."""
+    """torch's int8 op reads out of bounds where a row is no multiple of 32. Nobody who leaves the choice gets it."""
     LlamaForCausalLM(CONFIGS["llama, tied"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="multiple of 32 inputs, not 48"):
-        transformer(tmp_path, "int8")
+    told: list[int] = []
+    with pytest.raises(ModelError, match="multiple of 32 inputs, not 48; choose bf16, fp32 or auto"):
+        Engine.load(tmp_path, device="cpu", precision="int8", progress=lambda done, total: told.append(done))
+    assert told == []
+    engine = Engine.load(tmp_path, device="cpu")
+    assert engine.info.precision == "bf16"
+    assert len(list(engine.submit([1, 2, 3], Sampling(temperature=0), 4))) > 0
+    engine.close()
 
 
 def test_a_forward_is_given_up_between_layers(model: Transformer) -> None:
@@ -193,3 +200,18 @@ def test_both_layouts_are_the_same_in_every_precision(tmp_path: Path, precision:
     for ours, theirs in zip(hf.layers, consolidated.layers, strict=True):
         for name in ("wqkv", "wo", "w13", "w2"):
             assert torch.equal(getattr(ours, name).weight, getattr(theirs, name).weight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_mistrals_own_layout_does_not_depend_on_the_blocks_that_it_is_read_in(
+    tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of three rows where they need not be whole heads, of 16."""
+    torch.manual_seed(1)
+    folder = save_consolidated(MistralForCausalLM(CONFIGS["mistral"]).eval(), tmp_path / "consolidated")
+    whole = transformer(folder, precision).weights
+    monkeypatch.setattr(reading, "BLOCK", 3 * 64 * 4)
+    pieces = transformer(folder, precision).weights
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        for name in ("wqkv", "wo", "w13", "w2"):
+            assert torch.equal(getattr(one, name).weight, getattr(other, name).weight), name

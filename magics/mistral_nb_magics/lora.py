@@ -1,0 +1,90 @@
+"""`%mistral lora`: adapters listed, checked, and put on Cloudflare, with a bar while they are uploaded."""
+
+from __future__ import annotations
+
+import threading
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from IPython.core.error import UsageError
+
+from mistral_nb.config import Settings
+
+__all__ = ["run_lora"]
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+_CLEARING_UP = 2.0
+"""Seconds that an interrupted push gets to end."""
+
+
+class Work(Protocol):
+    """Runs a job in a thread, and shows the lines that it says; `stopped` tells after an interrupt what is left."""
+
+    def __call__(self, waiting: str, job: Callable[[Say], T], stopped: Callable[[], str] = ...) -> T: ...
+
+
+def run_lora(options: Namespace, settings: Settings, work: Work) -> None:
+    """Do what `%mistral lora` was asked for, and print what came of it. `UsageError` where a word is missing."""
+    from mistral_nb.finetunes import report
+
+    match options.action:
+        case "list":
+            print(report.local_report())
+            print(work("Asking Cloudflare", lambda say: report.account_report(settings)))
+        case "public":
+            print(work("Asking Cloudflare", lambda say: report.public_report(settings)))
+        case "check":
+            print(report.check_report(_folder(options), for_cloudflare=True, fix=None))
+        case "push":
+            _push(options, settings, work)
+        case _:
+            raise UsageError("%mistral lora list, public, check DIR, or push DIR --name N?")
+
+
+def _folder(options: Namespace) -> Path:
+    if options.folder is None:
+        raise UsageError(f"which folder? Such as: %mistral lora {options.action} my-adapter")
+    return Path(options.folder).expanduser()
+
+
+def _push(options: Namespace, settings: Settings, work: Work) -> None:
+    folder = _folder(options)
+    if options.name is None:
+        raise UsageError(f"under which name? Such as: %mistral lora push {options.folder} --name my-adapter")
+    from mistral_nb.finetunes.adapter import DEFAULT_MODEL
+    from mistral_nb.finetunes.cloudflare import Push
+    from mistral_nb.finetunes.report import pushed
+    from mistral_nb.progress import Meter, Progress
+
+    meter, ended = Meter(), threading.Event()
+    says: list[Say] = []
+
+    def show(now: Progress) -> None:
+        for say in says:
+            say(meter.line(now))
+
+    task = Push(
+        folder,
+        options.name,
+        settings=settings,
+        model=options.model or DEFAULT_MODEL,
+        description=options.description,
+        progress=show,
+    )
+
+    def job(say: Say) -> str:
+        says.append(say)
+        try:
+            return pushed(task.run(), task.untried)
+        finally:
+            ended.set()
+
+    def stopped() -> str:
+        ended.wait(_CLEARING_UP)
+        return task.told
+
+    print(work(f"Looking at {folder.name}", job, stopped))

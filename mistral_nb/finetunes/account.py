@@ -1,0 +1,262 @@
+"""The adapters of one Cloudflare account over HTTP: list them, create one, upload a file of it, try it.
+
+The token goes where `backends.workers_ai.cloudflare` lets it go, and no redirect is followed. What only reads is tried
+again as answers are; what writes is not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from mistral_nb import __version__
+from mistral_nb.backends import connection
+from mistral_nb.backends.exchange import Exchange
+from mistral_nb.backends.failures import Failure, to_error
+from mistral_nb.backends.pump import Line
+from mistral_nb.backends.retry import NotListening, Retries
+from mistral_nb.backends.wire import PeerFailure, peer_failure
+from mistral_nb.backends.workers_ai import cloudflare
+from mistral_nb.checkpoints.untrusted import quoted
+from mistral_nb.config import Settings
+from mistral_nb.engine_control import encode_json
+from mistral_nb.errors import AdapterError, BackendError, ConnectionFailed, MistralError, RateLimited, RequestTimeout
+from mistral_nb.finetunes.adapter import DEFAULT_MODEL, Adapter, adapter_from_wire
+from mistral_nb.progress import Report
+from mistral_nb.types import GenerationRequest
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["INCOMPLETE", "NOT_FOUND", "Account", "Refused"]
+
+NOT_FOUND, INCOMPLETE = 3037, 3039
+"""The wire's codes for an adapter that is not there, or not yet, and for one that lacks a file."""
+
+_BODY_BYTES = 8 << 20
+_NOT_OURS = (401, 403, 408, 429)
+_NOT_OUR_CODES = (6003, 7000, 7003, 10000)
+_NEVER_SENT = GenerationRequest(prompt="(an adapter)")
+
+
+class Refused(AdapterError):
+    """The service did not take what was sent: the name, the file, or one adapter more."""
+
+
+class Account:
+    """One account; `model` is the one that adapters are made for. `say` is called with a line while it waits.
+
+    Raises `MistralError`, whose cause is not chained: the frames of an HTTP client hold the request.
+    """
+
+    def __init__(
+        self, settings: Settings, model: str = DEFAULT_MODEL, say: Callable[[str], None] = lambda status: None
+    ) -> None:
+        self._service = cloudflare(settings, model)
+        self._retry_deadline = settings.retry_deadline
+        self._say = say
+
+    def adapters(self) -> list[Adapter]:
+        """The account's own."""
+        return self._listed("finetunes")
+
+    def public(self) -> list[Adapter]:
+        """Cloudflare's own, for every account."""
+        return self._listed("finetunes/public")
+
+    def create(self, name: str, description: str) -> Adapter:
+        """A new adapter, without files yet. `Refused` where the service does not take it."""
+        record = {"model": self._service.model, "name": name, "description": description}
+        result = self._call(
+            "POST", "finetunes", Line(), content=encode_json(record), headers={"Content-Type": "application/json"}
+        )
+        return next(iter(_adapters(result)), None) or _unreadable(result)
+
+    def upload(self, adapter: Adapter, path: Path, report: Report) -> None:
+        """One file of an adapter. What `report` raises ends it. `Refused` where the service does not take it."""
+        line = Line()
+        with _Upload(path, lambda done, size: self._moved(line, path.name, done, size, report)) as file:
+            self._call(
+                "POST",
+                f"finetunes/{quote(adapter.id, safe='')}/finetune-assets",
+                line,
+                files={"file": (path.name, file, "application/octet-stream")},
+                data={"file_name": path.name},
+            )
+
+    def trial(self, name: str) -> int | None:
+        """Ask for one token with an adapter. `NOT_FOUND`, `INCOMPLETE`, or None when it was applied."""
+        codes: list[int | None] = []
+
+        def explain(failure: Failure) -> MistralError:
+            codes.append(failure.code)
+            return to_error(failure)
+
+        service, line = self._service, Line()
+        request = GenerationRequest(prompt="Hello", max_tokens=1, lora=name)
+        exchange = Exchange(
+            peer=service.peer,
+            url=self._url(f"run/{quote(service.model, safe='/@')}"),
+            token=service.token,
+            body=encode_json(request.to_dict()),
+            model=service.model,
+            request=request,
+            timeouts=service.timeouts,
+            explain=explain,
+        )
+        try:
+            exchange.run(line, lambda chunk: None)
+        except MistralError:
+            if codes and codes[-1] in (NOT_FOUND, INCOMPLETE):
+                return codes[-1]
+            raise
+        finally:
+            line.release()
+        return None
+
+    def _listed(self, path: str) -> list[Adapter]:
+        retries = Retries(self._retry_deadline)
+        while True:
+            try:
+                return _adapters(self._call("GET", path, Line()))
+            except BackendError as error:
+                asked = error.retry_after if isinstance(error, RateLimited) else None
+                again = retries.next(error, asked)
+                if again is None:
+                    raise
+            wait, status = again
+            self._say(status)
+            time.sleep(wait)
+
+    def _moved(self, line: Line, name: str, done: int, size: int, report: Report) -> None:
+        """Tell how far an upload is, and give the next piece of it its time."""
+        report(f"Uploading {name}", done, size)
+        if done == size:
+            return self._wait_for_answer(line)
+        limit = self._service.timeouts.stall
+        line.within(limit, f"Cloudflare took nothing of {name} for {limit:g} s. Try again, or raise stall_timeout")
+
+    def _wait_for_answer(self, line: Line) -> None:
+        limit = self._service.timeouts.first_token
+        line.within(limit, f"Cloudflare gave no answer within {limit:g} s. Try again, or raise first_token_timeout")
+
+    def _url(self, path: str) -> str:
+        return f"{self._service.base_url}/accounts/{quote(self._service.account)}/ai/{path}"
+
+    def _call(self, method: str, path: str, line: Line, **options: Any) -> Any:
+        """The `result` of one call."""
+        import httpx
+
+        self._wait_for_answer(line)
+        headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"mistral-nb/{__version__}",
+            **options.pop("headers", {}),
+        }
+        try:
+            with connection.send(
+                method,
+                self._url(path),
+                line=line,
+                token=self._service.token,
+                connect=self._service.timeouts.connect,
+                headers=headers,
+                fresh=method == "POST",
+                **options,
+            ) as response:
+                answer = self._read(response)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            answer = self._broken(error, line)
+        finally:
+            line.release()
+        if isinstance(answer, MistralError):
+            raise answer
+        return answer
+
+    def _read(self, response: httpx.Response) -> Any:
+        """The result in a response, or the error that it is."""
+        body = bytearray()
+        for part in response.iter_bytes():
+            body += part
+            if len(body) > _BODY_BYTES:
+                return BackendError(f"Cloudflare's answer has more than {_BODY_BYTES >> 20} MiB. Try again")
+        try:
+            content = json.loads(body)
+            said = peer_failure(content)
+        except (ValueError, RecursionError):
+            content, said = {}, PeerFailure("an answer that is no JSON")
+        if response.has_redirect_location:
+            where = urlsplit(response.headers["location"]).netloc or "another path"
+            said = PeerFailure(f"it redirects to {where}, where the token is not sent")
+        if response.is_success and said is None:
+            return content.get("result")
+        said = said or PeerFailure(response.reason_phrase or "an error without a message")
+        return _error(
+            Failure(
+                self._service.peer,
+                self._service.model,
+                _NEVER_SENT,
+                said.message,
+                said.code,
+                response.status_code,
+                response.headers.get("retry-after"),
+                response.headers.get("cf-ai-req-id") or response.headers.get("cf-ray"),
+            )
+        )
+
+    def _broken(self, error: Exception, line: Line) -> MistralError:
+        """The error for a connection that was not made or did not last."""
+        import httpx
+
+        if line.expired:
+            return RequestTimeout(line.expired)
+        host = urlsplit(self._service.base_url).netloc
+        # A local protocol error quotes the headers.
+        detail = type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else str(error)
+        if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError | httpx.ProxyError | httpx.UnsupportedProtocol):
+            return NotListening(f"Cloudflare at {host} cannot be reached ({detail}). Check the network and the proxy")
+        return ConnectionFailed(f"Cloudflare broke the connection ({detail}). Try again")
+
+
+class _Upload(io.FileIO):
+    """A file that tells after each read how many bytes have been read, and how many there are."""
+
+    def __init__(self, path: Path, moved: Callable[[int, int], None]) -> None:
+        super().__init__(path)
+        self._size = path.stat().st_size
+        self._moved = moved
+
+    def read(self, size: int | None = -1, /) -> bytes | Any:
+        piece = super().read(size)
+        self._moved(self.tell(), self._size)
+        return piece
+
+
+def _error(failure: Failure) -> MistralError:
+    """What is about the account or the service is told as for answers; the rest is about the adapter."""
+    status = failure.status or 0
+    if status in _NOT_OURS or status >= 500 or status < 400 or failure.code in _NOT_OUR_CODES:
+        return to_error(failure)
+    return Refused(failure.with_hint("Check the adapter's name, files and model"))
+
+
+def _adapters(result: Any) -> list[Adapter]:
+    """The adapters in a result: one, a list of them, or lists in a list."""
+    if result is None:
+        return []
+    if isinstance(result, list):
+        return [adapter for item in result for adapter in _adapters(item)]
+    try:
+        return [adapter_from_wire(result)]
+    except (AttributeError, ValueError):
+        return [_unreadable(result)]
+
+
+def _unreadable(result: Any) -> Adapter:
+    raise BackendError(f"Cloudflare described an adapter as {quoted(json.dumps(result))}. Try again in a moment")

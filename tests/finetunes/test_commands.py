@@ -1,0 +1,182 @@
+"""mistral-nb lora: what each command prints and changes, and an upload that is interrupted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mistral_nb.cli import main
+from mistral_nb.finetunes.adapter import CONFIG_FILE, DEFAULT_MODEL, WEIGHTS_FILE
+from mistral_nb.finetunes.store import AdapterStore
+from tests.finetunes.adapters import write_adapter
+from tests.finetunes.finetunes_server import PATIENCE, PUBLIC, FinetunesServer, error
+
+FIRST = "11111111-0000-4000-8000-000000000001"
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
+    """Run a command with a store of the test's own: its exit status, stdout and stderr."""
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(["lora", *map(str, arguments)])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def account(server: FinetunesServer, monkeypatch: pytest.MonkeyPatch) -> FinetunesServer:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+def test_check(say: Say, folder: Path) -> None:
+    status, told, _ = say("check", folder)
+    assert status == 0
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in told.splitlines()[:-1])
+    assert facts == {
+        "adapter": "tone",
+        "base model": "mistralai/Mistral-7B-Instruct-v0.2",
+        "model type": "mistral",
+        "rank": "8, alpha 16",
+        "modules": "q_proj, v_proj",
+        "weights": "212,992 in BF16, 427 kB",
+    }
+    assert told.endswith("\nFit for Cloudflare, by its published limits.\n")
+
+
+def test_check_tells_every_problem(say: Say, tmp_path: Path) -> None:
+    bad = write_adapter(tmp_path / "bad", {"model_type": ..., "bias": "all", "r": 4})
+    status, told, problems = say("check", bad)
+    assert (status, told) == (1, "")
+    assert problems.startswith(f"mistral-nb: {bad} has 3 problems:\n  - ")
+    status, _, problems = say("check", bad, "--local")
+    assert (status, problems.count("\n  - ")) == (1, 2)
+
+
+def test_check_fix_makes_a_copy(say: Say, tmp_path: Path) -> None:
+    folder, copy = write_adapter(tmp_path / "a", {"model_type": ...}), tmp_path / "copy"
+    status, _, problem = say("check", folder)
+    assert status == 1
+    assert f"mistral-nb lora check {folder} --fix NEW_FOLDER" in problem
+    status, told, _ = say("check", folder, "--fix", copy)
+    assert status == 0
+    assert told.startswith(f"{copy} is a copy whose adapter_config.json says model_type mistral.\n")
+    bad = write_adapter(tmp_path / "bad", {"model_type": ..., "use_dora": True})
+    assert say("check", bad, "--fix", tmp_path / "no")[0] == 1
+    assert not (tmp_path / "no").exists(), "what is unfit otherwise is not copied"
+
+
+def test_add_list_and_rm(say: Say, folder: Path) -> None:
+    status, told, _ = say("list")
+    assert status == 0
+    assert told.startswith("No adapters on this machine (")
+    status, told, _ = say("add", folder, "--description", "like a pirate\x1b[2J")
+    assert status == 1, "a description is printable"
+    status, told, _ = say("add", folder, "--description", "like a pirate")
+    (adapter,) = AdapterStore().list()
+    assert (status, told) == (0, f"tone ({adapter.id}) is in {AdapterStore().path(adapter)}\n")
+    assert adapter.model == "mistralai/Mistral-7B-Instruct-v0.2"
+    assert say("add", folder, "--name", "other", "--model", "mine")[0] == 0
+    AdapterStore().create("half", "mine")
+    (AdapterStore().folder / FIRST).mkdir()
+    status, told, _ = say("list")
+    rows = [re.split(r"  +", line.strip()) for line in told.splitlines()]
+    assert [(row[0], row[4]) for row in rows if len(row) > 4][1:] == [
+        ("tone", "nothing"),
+        ("other", "nothing"),
+        ("half", f"{CONFIG_FILE} and {WEIGHTS_FILE}"),
+    ]
+    assert f"{FIRST} has a record that cannot be read; remove that folder" in told
+    assert told.endswith(
+        "No Cloudflare account: set CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN to see its adapters\n"
+    )
+    assert say("rm", "tone") == (0, "Removed tone from this machine.\n", "")
+    assert say("rm", "tone")[0] == 1
+
+
+def test_what_is_unfit_is_not_added(say: Say, tmp_path: Path) -> None:
+    bad = write_adapter(tmp_path / "bad", {"use_dora": True})
+    assert say("add", bad)[0] == 1
+    assert AdapterStore().list() == []
+    odd = write_adapter(tmp_path / "an odd name", {"base_model_name_or_path": None})
+    status, _, problem = say("add", odd)
+    assert status == 1
+    assert "name = 'an odd name'" in problem
+    status, told, _ = say("add", odd, "--name", "odd")
+    assert status == 0
+    assert "\nnote: nothing tells whether" in told
+    assert AdapterStore().list()[0].model == DEFAULT_MODEL
+
+
+def test_lists_of_the_account(say: Say, account: FinetunesServer) -> None:
+    assert say("list")[1].endswith(
+        "No adapters on the Cloudflare account; put one there with: mistral-nb lora push FOLDER --name NAME\n"
+    )
+    record = account.add("tone")
+    record["description"] = "\x1b]0;gotcha\x07"
+    status, told, _ = say("list")
+    assert status == 0
+    assert re.search(rf"On the Cloudflare account:\n.*\ntone +{DEFAULT_MODEL} +2024-03-01 +{FIRST}", told)
+    assert "\x1b" not in told
+    status, told, _ = say("public")
+    assert status == 0
+    assert PUBLIC["name"] in told
+    account.faults["GET finetunes"] = [(401, error(10000, "Authentication error"))]
+    status, told, problem = say("list")
+    assert status == 1
+    assert "No adapters on this machine" in told, "what is here is told all the same"
+    assert "Check the token" in problem
+
+
+def test_push(say: Say, account: FinetunesServer, folder: Path) -> None:
+    status, told, steps = say("push", folder, "--name", "tone", "--description", "like a pirate")
+    assert (status, told) == (
+        0,
+        f"tone ({FIRST}) is on the account; use it with --lora tone --model {DEFAULT_MODEL}\n",
+    )
+    assert steps.splitlines() == [
+        "Looking at the account",
+        "Creating tone",
+        f"Uploading {CONFIG_FILE}",
+        f"Uploading {WEIGHTS_FILE}",
+        "Waiting until tone is found",
+    ]
+    assert account.adapters[FIRST]["name"] == "tone"
+    account.faults[f"POST run/{DEFAULT_MODEL}"] = [(429, error(4006, "spent"))]
+    status, told, _ = say("push", folder, "--name", "two")
+    assert status == 0
+    assert " is on the account, and was not tried: Cloudflare: spent (code 4006, HTTP 429)" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_an_interrupted_push_says_what_is_there(account: FinetunesServer, folder: Path) -> None:
+    hold = threading.Event()
+    account.faults[f"POST finetunes/{FIRST}/finetune-assets"] = [hold]
+    command = [sys.executable, "-m", "mistral_nb", "lora", "push", str(folder), "--name", "tone"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert account.reached.wait(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        told, problem = process.communicate(timeout=PATIENCE)
+        hold.set()
+    assert (process.returncode, told) == (130, "")
+    assert problem.endswith(
+        f"mistral-nb: interrupted; On the account now: tone ({FIRST}) with no file from this push; to go on, push it "
+        "again under that name\n"
+    )
+    assert "Traceback" not in problem
+    assert os.environ["CLOUDFLARE_API_TOKEN"] not in problem

@@ -1,0 +1,97 @@
+"""%mistral lora: lists, checks and pushes in a shell, and an interrupted push in a real kernel."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from IPython.core.error import UsageError
+
+from mistral_nb.finetunes.adapter import CONFIG_FILE, WEIGHTS_FILE
+from mistral_nb_magics.commands import find_command
+from mistral_nb_magics.completion import candidates
+from tests.finetunes.adapters import write_adapter
+from tests.finetunes.finetunes_server import FinetunesServer
+from tests.magics.kernels import Kernel, Output
+
+FIRST = "11111111-0000-4000-8000-000000000001"
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FinetunesServer]:
+    """The account of this process and of those that it starts, which have a store of the test's own."""
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+    with FinetunesServer() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.mark.parametrize("line", ["lora adapters explained", "lora check the spelling of this", "lora push it to me"])
+def test_a_prompt_about_adapters_is_a_prompt(line: str) -> None:
+    assert find_command(line) is None
+
+
+def test_the_actions_are_completed() -> None:
+    assert candidates("%mistral lora pu", "", {}, []) == ("pu", ["public", "push"])
+    assert "--name" in candidates("%mistral lora push x --", "", {}, [])[1]
+
+
+def test_lists_a_check_and_a_push(
+    run: Any, account: FinetunesServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_adapter(tmp_path / "tone")
+    assert run(f"%mistral lora check {folder}").success
+    assert "Fit for Cloudflare" in capsys.readouterr().out
+    assert run(f"%mistral lora push --name tone {folder}").success
+    assert f"tone ({FIRST}) is on the account; use it with --lora tone" in capsys.readouterr().out
+    assert run("%mistral lora list").success
+    told = capsys.readouterr().out
+    assert "No adapters on this machine" in told
+    assert f"{FIRST}" in told
+    assert run("%mistral lora public").success
+    assert "cf-public-cnn-summarization" in capsys.readouterr().out
+    bad = run(f"%mistral lora check {write_adapter(tmp_path / 'bad', {'use_dora': True})}").error_in_exec
+    assert type(bad).__name__ == "AdapterError"
+    assert len(bad._render_traceback_()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("lora", "or push DIR"),
+        ("lora check", "which folder"),
+        ("lora push x", "which name"),
+        ("lora push --nam x", "unknown option --nam"),
+    ],
+)
+def test_a_missing_word_is_bad_usage(run: Any, account: FinetunesServer, line: str, told: str) -> None:
+    error = run(f"%mistral {line}").error_in_exec
+    assert type(error) is UsageError
+    assert told in str(error)
+
+
+def test_an_interrupted_push_says_what_is_there(account: FinetunesServer, kernel: Kernel, tmp_path: Path) -> None:
+    hold = threading.Event()
+    passed = threading.Event()
+    passed.set()
+    account.faults[f"POST finetunes/{FIRST}/finetune-assets"] = [passed, hold]
+    folder = write_adapter(tmp_path / "tone")
+    sent: list[float] = []
+
+    def watch(output: Output) -> None:
+        if output.plain.startswith(f"Uploading {WEIGHTS_FILE}  100%") and not sent:
+            sent.append(output.seconds)
+            kernel.interrupt()
+
+    result = kernel.run(f"%mistral lora push {folder} --name tone", watch)
+    hold.set()
+    assert result.reply["ename"] == "KeyboardInterrupt"
+    (saved,) = result.saved
+    assert saved.plain == (
+        f"■ stopped here: On the account now: tone ({FIRST}) with {CONFIG_FILE} from this push; to go on, push it "
+        "again under that name"
+    )
