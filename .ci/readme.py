@@ -26,6 +26,7 @@ NOTES = {
     "constraints.txt": "the exact versions that are tested",
     "pyproject.toml": "packages, dependencies, and the settings of ruff, mypy and pytest",
     "examples/answer.png": "the picture above",
+    "mistral_nb/server/static/playground.html": "the page that a browser gets from a server",
     "examples/quickstart.ipynb": "the first ten minutes, executed in the tests",
 }
 TYPED = "marks the package as typed"

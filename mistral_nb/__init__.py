@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from mistral_nb.answer import Answer, Result, Timings
     from mistral_nb.asking import ask, stream
+    from mistral_nb.binding import AI
     from mistral_nb.errors import (
         AdapterError,
         AuthenticationError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mistral_nb.types import Chunk, Description, Function, GenerationRequest, Message, Usage
 
 __all__ = [
+    "AI",
     "AdapterError",
     "Answer",
     "AuthenticationError",
@@ -77,6 +79,7 @@ __all__ = [
 _HOMES = {
     "mistral_nb.answer": ("Answer", "Result", "Timings"),
     "mistral_nb.asking": ("ask", "stream"),
+    "mistral_nb.binding": ("AI",),
     "mistral_nb.types": ("Chunk", "Description", "Function", "GenerationRequest", "Message", "Usage"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from mistral_nb.config import FALLBACK_MODEL
 from mistral_nb.errors import MistralError
 from mistral_nb.types import Chunk, Description, FinishReason, GenerationRequest, Usage
 
 if TYPE_CHECKING:
     from mistral_nb.backends.base import Backend
+    from mistral_nb.calling import CallRecord
 
 __all__ = ["Answer", "Result", "Timings"]
 
+# What Cloudflare calls the one checkpoint of Mistral-7B-Instruct v0.2 that it has.
+SAME_WEIGHTS = frozenset({"@hf/mistral/mistral-7b-instruct-v0.2", FALLBACK_MODEL})
 _FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^(?P=fence)[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -35,7 +39,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """What a cell leaves behind: the text, what it cost, and who answered. Shows itself as Markdown with a footer."""
+    """What a cell leaves behind: the text, what it cost, and who answered. Shows itself as Markdown with a footer.
+
+    `tool_calls` are the calls that the model asks for, {name, arguments}; `calls` those that were run on the way.
+    """
 
     text: str
     request: GenerationRequest
@@ -44,6 +51,7 @@ class Result:
     usage: Usage | None = None
     timings: Timings = field(default_factory=lambda: Timings(None, 0.0, None))
     tool_calls: tuple[dict[str, Any], ...] = ()
+    calls: tuple[CallRecord, ...] = ()
     neurons: float | None = None
     request_id: str | None = None
 
@@ -82,9 +90,8 @@ class Result:
     def footer(self) -> str:
         """Who answered and how fast, in one line: what is not known is left out."""
         served, timings = self.served_by, self.timings
-        stands_in = f" (stand-in for {served.stand_in_for})" if served.stand_in_for else ""
         parts = [
-            f"{served.model}{stands_in}",
+            f"{served.model}{_relation(served)}",
             f"adapter {served.adapter}" if served.adapter else "",
             f"{served.backend} on {served.device}" if served.device else served.backend,
             _count(self.usage.completion_tokens) if self.usage else "",
@@ -100,6 +107,7 @@ class Result:
             "backend": self.backend,
             "model": self.model,
             "stand_in_for": self.served_by.stand_in_for or None,
+            "instead_of": self.served_by.instead_of or None,
             "device": self.device,
             "adapter": self.adapter,
             "seed": self.request.seed,
@@ -147,6 +155,7 @@ class Answer:
         self._parts: list[str] = []
         self._last = Chunk()
         self._model: str | None = None
+        self._instead_of: str | None = None
         self._started = time.perf_counter()
         self._first: float | None = None
         self._ended: float | None = None
@@ -166,6 +175,7 @@ class Answer:
             self._first = self._first or time.perf_counter()
             self._parts.append(chunk.text)
         self._model = chunk.model or self._model
+        self._instead_of = chunk.instead_of or self._instead_of
         if chunk.finish_reason:
             self._last = chunk
             self._end(chunk.finish_reason)
@@ -210,9 +220,11 @@ class Answer:
         )
 
     def _served_by(self) -> Description:
-        """A peer that names another model than was asked has a stand-in for it."""
+        """A peer that names another model than was asked has a stand-in for it, if it has not withdrawn it."""
         asked = self._backend.describe()
         model = self._model or asked.model
+        if self._instead_of:
+            return replace(asked, model=model, instead_of=self._instead_of, adapter=self._request.lora)
         stands_in = asked.stand_in_for if model == asked.model else asked.stand_in_for or asked.model
         return replace(asked, model=model, stand_in_for=stands_in, adapter=self._request.lora)
 
@@ -226,6 +238,14 @@ class Answer:
         if usage and usage.completion_tokens > 1 and ended > self._first:
             rate = (usage.completion_tokens - 1) / (ended - self._first)
         return Timings(ttft, ended - self._started, rate)
+
+
+def _relation(served: Description) -> str:
+    """What the model that answered has to do with the one that was asked for; empty where it is the same."""
+    if served.instead_of:
+        same = ": the same weights" if {served.model, served.instead_of} <= SAME_WEIGHTS else ""
+        return f" (in place of {served.instead_of}, which {served.backend.capitalize()} has withdrawn{same})"
+    return f" (stand-in for {served.stand_in_for})" if served.stand_in_for else ""
 
 
 def _count(tokens: int) -> str:

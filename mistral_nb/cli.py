@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mistral_nb import __version__, store_commands
-from mistral_nb.config import PRECISIONS
-from mistral_nb.errors import MissingDependency, MistralError
+from mistral_nb import __version__, lora_commands, store_commands
+from mistral_nb.config import DEVICES, PRECISIONS
+from mistral_nb.errors import ConfigurationError, MissingDependency, MistralError
+
+if TYPE_CHECKING:
+    from mistral_nb.server import Tls
 
 __all__ = ["main"]
 
@@ -52,15 +56,43 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--serve-as", metavar="NAME", action="append", default=[], help="answer for this model's name too; repeatable"
     )
-    serve.add_argument("--host", default="127.0.0.1", help="loopback address to listen on (%(default)s)")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; any but loopback needs a certificate and the setting server_token (%(default)s)",
+    )
     serve.add_argument("--port", type=_port, default=0, help="port to listen on; 0 takes a free one (%(default)s)")
+    serve.add_argument("--certificate", type=Path, metavar="FILE", help="serve with TLS: the certificate and its chain")
+    serve.add_argument("--key", type=Path, metavar="FILE", help="the certificate's key, without a pass phrase")
+    serve.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="answer requests that name this host too, as behind a proxy; repeatable",
+    )
+    serve.add_argument(
+        "--max-requests",
+        type=_count,
+        default=64,
+        help="answer this many requests at once; as many wait for a moment, others get 429 (%(default)s)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=_seconds,
+        metavar="SECONDS",
+        default=30.0,
+        help="on Ctrl+C or SIGTERM let running answers end for so long (%(default)g)",
+    )
     serve.add_argument(
         "--idle-timeout",
         type=_seconds,
         metavar="SECONDS",
         help="end after this long without a request, 0 for never (the setting idle_timeout: 1800)",
     )
-    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (%(default)s)")
+    serve.add_argument(
+        "--device", choices=DEVICES, help="where to run (the setting device: auto, a GPU if there is one)"
+    )
     serve.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -76,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(command=_serve)
 
     store_commands.add_to(commands)
+    lora_commands.add_to(commands)
 
     status = commands.add_parser("status", help="list the running engines", description=_status.__doc__)
     status.set_defaults(command=_status)
@@ -91,12 +124,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         nargs="?",
-        choices=("answer", "load"),
+        choices=("answer", "load", "frames"),
         default="answer",
-        help="answer: cold start, first token and decoding; load: a checkpoint made for it (%(default)s)",
+        help="answer: cold start, first token and decoding; load: a checkpoint made for it; "
+        "frames: reading a stream (%(default)s)",
     )
     bench.add_argument("--model", default="embedded", help="of answer: name, alias or checkpoint folder (%(default)s)")
     bench.add_argument("--size-gb", type=_gigabytes, default=2.0, help="of load: the checkpoint's size (%(default)s)")
+    bench.add_argument(
+        "--folder", type=Path, metavar="DIR", help="of load: where to write it for a while (the temporary folder)"
+    )
     bench.add_argument("--runs", type=_count, default=5, help="measurements of each kind (%(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
     bench.set_defaults(command=_bench)
@@ -120,22 +157,36 @@ def _serve(options: argparse.Namespace) -> int:
     folder = locate(model)
     settings = load_settings()
     idle_timeout = settings.idle_timeout if options.idle_timeout is None else options.idle_timeout
-    from mistral_nb.server import ServeOptions, serve
+    from mistral_nb.server import Address, ServeOptions, serve
 
     return serve(
         ServeOptions(
             model=model,
             folder=folder,
             serve_as=tuple(options.serve_as),
-            host=options.host,
-            port=options.port,
-            device=options.device,
+            address=Address(options.host, options.port, _tls(options)),
+            allow_hosts=tuple(options.allow_host),
+            token=None if options.managed else settings.server_token,
+            max_requests=options.max_requests,
+            device=options.device or settings.device,
             precision=options.precision or settings.precision,
             context=options.context or settings.context,
             idle_timeout=idle_timeout,
+            grace=0.0 if options.managed else options.grace,
             managed=options.managed,
         )
     )
+
+
+def _tls(options: argparse.Namespace) -> Tls | None:
+    if options.certificate is None and options.key is None:
+        return None
+    if options.certificate is None or options.key is None:
+        missing = "--key" if options.key is None else "--certificate"
+        raise ConfigurationError(f"TLS needs a certificate and its key: give {missing} FILE too")
+    from mistral_nb.server import Tls
+
+    return Tls(options.certificate, options.key)
 
 
 def _require(extra: str, packages: Sequence[str]) -> None:
@@ -166,14 +217,18 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    """Measure the local engine: cold start, first token and decoding, or how fast a checkpoint is loaded."""
+    """Measure cold start, first token and decoding of the local engine, loading a checkpoint, or reading a stream."""
+    if options.what == "frames":
+        from mistral_nb import bench_frames
+
+        return bench_frames.run(options.runs, options.json)
     from mistral_nb.backends.engine_process import LOCAL_PACKAGES
 
     _require("local", LOCAL_PACKAGES)
     if options.what == "load":
         from mistral_nb import bench_load
 
-        return bench_load.run(options.size_gb, options.runs, options.json)
+        return bench_load.run(options.size_gb, options.runs, options.json, options.folder)
     from mistral_nb.bench import run
 
     return run(options.model, options.runs, options.json)

@@ -45,6 +45,7 @@ __all__ = [
 
 _STOP_LIMIT = 20.0
 _TERM_LIMIT = 3.0
+_REAP_LIMIT = 1.0
 _POLL = 0.05
 _TAIL_LINES = 12
 _children: dict[tuple[int, float], Child] = {}
@@ -272,9 +273,17 @@ def remember(child: Child, record: EngineRecord) -> None:
 
 
 def ended(record: EngineRecord) -> str:
-    """How a process that was started here ended, in words; empty when that is not known."""
-    code = _exit_code(record)
-    return "" if code is None else exit_words(code)
+    """How a process that was started here ended, in words; empty when that is not known.
+
+    One that has been killed looks ended for a moment before its status is there: its threads end one by one.
+    """
+    child = _children.get((record.pid, record.started))
+    if child is None:
+        return ""
+    try:
+        return exit_words(child.wait(_REAP_LIMIT))
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def exit_words(code: int) -> str:

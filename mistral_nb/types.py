@@ -307,7 +307,8 @@ class Chunk:
     `status` is a transient line such as "Loading the model" before the first text. The last chunk carries
     `finish_reason`, `usage` where the peer told it, and `tool_calls` where the reason is `tool_calls`. `model` is set
     once the peer has said which model answers. `neurons` (Cloudflare's unit of cost) and `request_id` come on the last
-    chunk, where the peer told them.
+    chunk, where the peer told them. `instead_of` is the model that was asked for, where its peer has withdrawn it and
+    `model` answers in its place.
     """
 
     text: str = ""
@@ -318,6 +319,7 @@ class Chunk:
     model: str | None = None
     neurons: float | None = None
     request_id: str | None = None
+    instead_of: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -325,10 +327,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Who answers: backend name, model, device in words, and what the model stands in for (empty if for nothing)."""
+    """Who answers: backend name, model, device in words, and what the model stands in for (empty if for nothing).
+
+    `instead_of` is the model that was asked for and that its peer has withdrawn.
+    """
 
     backend: str
     model: str
     device: str = ""
     stand_in_for: str = ""
     adapter: str | None = None
+    instead_of: str = ""

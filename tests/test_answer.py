@@ -124,7 +124,7 @@ def test_an_error_carries_what_was_answered_before(peer: Peer) -> None:
 
 
 def test_an_error_before_any_text_carries_an_empty_result(peer: Peer) -> None:
-    peer.scripts = [body({"errors": [{"message": "no", "code": 1}]}, "500 Error")]
+    peer.scripts = [body({"errors": [{"message": "no", "code": 1}]}, "400 Bad Request")]
     with pytest.raises(BackendError) as caught:
         mistral_nb.ask("Hi")
     assert caught.value.result

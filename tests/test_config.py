@@ -60,7 +60,14 @@ def test_an_empty_value_is_unset(unset: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = {"backend": "local", "precision": "fp32", "tokens": "4096", "bool": "true", "seconds": "12.5"}
+    samples = {
+        "backend": "local",
+        "device": "cpu",
+        "precision": "fp32",
+        "tokens": "4096",
+        "bool": "true",
+        "seconds": "12.5",
+    }
     for setting in SETTINGS:
         for variable in setting.variables:
             with monkeypatch.context() as patch:
@@ -81,6 +88,13 @@ def test_a_context_may_come_as_text_or_number() -> None:
 
 def test_an_unknown_precision_is_refused_with_the_nearest() -> None:
     assert "no such precision. did you mean 'int8'? There are auto, fp32" in refused({"precision": "int4"})
+
+
+def test_a_device_is_one_of_those_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTRAL_NB_DEVICE", "cpu")
+    assert load_settings().device == "cpu"
+    assert load_settings({"device": "cuda"}).device == "cuda"
+    assert "no such device. did you mean 'cuda'? There are auto, cpu, cuda" in refused({"device": "cuda:0"})
 
 
 def test_the_official_name_of_the_token_wins(monkeypatch: pytest.MonkeyPatch) -> None:

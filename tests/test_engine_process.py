@@ -23,7 +23,7 @@ import pytest
 import mistral_nb
 from mistral_nb import __version__, runtime
 from mistral_nb.answer import Answer
-from mistral_nb.backends import Local
+from mistral_nb.backends import Local, engine_process
 from mistral_nb.backends.pump import Pump
 from mistral_nb.config import load_settings
 from mistral_nb.engine_control import check, is_gone, status, stop
@@ -36,7 +36,7 @@ from mistral_nb.errors import (
     ModelError,
     UnknownModel,
 )
-from mistral_nb.hardware import host_memory
+from mistral_nb.hardware import host_memory, nvidia_gpus
 from mistral_nb.models import EMBEDDED
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.types import Chunk, GenerationRequest
@@ -334,6 +334,18 @@ def test_a_model_that_does_not_fit_is_told_with_what_would(alone: Path, embedded
         list(Local(load_settings({"precision": "bf16"}), str(folder)).stream(SHORT))
     assert "the settings precision and context" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_options_of_serve_that_would_fit_are_told_as_settings() -> None:
+    told = engine_process._load_failure("model", "what fits: --device cpu --precision int8 --context 512 (1 GB)", "log")
+    assert ". In a notebook these are the settings device, precision and context. Its log" in told
+    assert "In a notebook" not in engine_process._load_failure("model", "it is broken", "log")
+
+
+@pytest.mark.skipif(nvidia_gpus() > 0, reason="asks for a GPU where there is none")
+def test_the_device_is_the_engines(alone: Path) -> None:
+    with pytest.raises(EngineStartError, match="device cuda was asked for, and torch sees no NVIDIA GPU; use cpu or"):
+        list(local(device="cuda").stream(SHORT))
 
 
 def test_precision_and_context_are_the_engines(alone: Path) -> None:

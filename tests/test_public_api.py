@@ -15,6 +15,7 @@ from mistral_nb import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {
+    "AI",
     "AdapterError",
     "Answer",
     "AuthenticationError",
@@ -84,7 +85,14 @@ def test_names_come_when_they_are_used() -> None:
 
 @pytest.mark.parametrize(
     "use",
-    ["GenerationRequest", "ask", "Result", "MistralError", "ask.__doc__; from mistral_nb.backends import resolve"],
+    [
+        "AI",
+        "GenerationRequest",
+        "ask",
+        "Result",
+        "MistralError",
+        "ask.__doc__; from mistral_nb.backends import resolve",
+    ],
 )
 def test_httpx_waits_for_the_first_request(use: str) -> None:
     script = f"import sys, mistral_nb\nmistral_nb.{use}\nprint('\\n'.join(sys.modules))"

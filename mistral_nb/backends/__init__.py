@@ -2,7 +2,8 @@
 
 First match wins: what the call names; the setting `backend` (`%config`, environment, file); else `auto`: the model that
 was named tells; else Cloudflare when an account and a token are set; else the local engine with Mistral-7B when its
-weights are in the store and an NVIDIA GPU is there; else the local engine with the embedded model.
+weights are in the store and an NVIDIA GPU is there; else the local engine with the embedded model. A `mistral-nb serve`
+elsewhere (an address) and an OpenAI-compatible server (`openai`) answer only where they are named.
 """
 
 from __future__ import annotations
@@ -12,12 +13,25 @@ from dataclasses import dataclass
 
 from mistral_nb.backends.base import Backend, ChunkStream, DryRun
 from mistral_nb.backends.local import Local
+from mistral_nb.backends.openai_compatible import OpenAICompatible, openai_compatible
+from mistral_nb.backends.remote import Remote, remote
 from mistral_nb.backends.workers_ai import WorkersAI, cloudflare
 from mistral_nb.config import Settings, check_backend
 from mistral_nb.hardware import nvidia_gpus
 from mistral_nb.models import EMBEDDED, installed
 
-__all__ = ["Backend", "ChunkStream", "DryRun", "Local", "Selection", "WorkersAI", "nvidia_gpus", "resolve"]
+__all__ = [
+    "Backend",
+    "ChunkStream",
+    "DryRun",
+    "Local",
+    "OpenAICompatible",
+    "Remote",
+    "Selection",
+    "WorkersAI",
+    "nvidia_gpus",
+    "resolve",
+]
 
 _MISTRAL = ("mistral-7b-instruct-v0.2", "mistral-7b-instruct-v0.3", "mistral-7b-instruct-v0.1")
 
@@ -37,8 +51,13 @@ def resolve(settings: Settings, *, backend: str | None = None, model: str | None
     `MissingDependency`, `ModelError`.
     """
     name = check_backend(backend, "backend") if backend else settings.backend
-    asked = f"asked for by name: {name}" if backend else f"{settings.source('backend')} = {name}"
+    origin = "backend" if backend else settings.source("backend")
+    asked = f"asked for by name: {name}" if backend else f"{origin} = {name}"
     model = model or settings.model
+    if name.startswith(("http:", "https:")):
+        return Selection(remote(settings, name, origin, model), asked)
+    if name == "openai":
+        return Selection(openai_compatible(settings, model), asked)
     if name == "cloudflare":
         return Selection(cloudflare(settings, model), asked)
     if name == "local":

@@ -189,7 +189,8 @@ def _spawn(search: _Search, log: Path) -> Child:
     """The engine process in a session of its own: a signal to the notebook's process group does not reach it."""
     idle = f"{search.settings.idle_timeout:g}"
     command = [sys.executable, "-P", "-m", "mistral_nb", "serve", "--managed"]
-    command += ["--model", search.model, "--idle-timeout", idle, "--precision", search.settings.precision]
+    command += ["--model", search.model, "--idle-timeout", idle]
+    command += ["--device", search.settings.device, "--precision", search.settings.precision]
     command += ["--context", str(search.settings.context)] if search.settings.context else []
     if sys.platform == "win32":
         apart = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
@@ -289,7 +290,8 @@ def _loading(meter: Meter, health: Health) -> str:
 
 def _load_failure(model: str, error: str, log: str) -> str:
     """In the engine's own words, which name the next step. Options of `serve` are settings here."""
-    settings = ". In a notebook these are the settings precision and context" if "--context" in error else ""
+    *names, last = [name for name in ("device", "precision", "context") if f"--{name} " in error] or [""]
+    settings = f". In a notebook these are the settings {', '.join(names)} and {last}" if names else ""
     return f"the engine could not load {model}: {error}{settings}. Its log: {log}"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from time import time
 
-from mistral_nb.config import USE_LOCAL
+from mistral_nb.config import FALLBACK_MODEL, USE_LOCAL
 from mistral_nb.errors import (
     AuthenticationError,
     BackendError,
@@ -25,9 +25,11 @@ from mistral_nb.errors import (
 )
 from mistral_nb.types import FIELDS, GenerationRequest
 
-__all__ = ["Failure", "to_error"]
+__all__ = ["Failure", "Withdrawn", "seconds", "to_error"]
 
-SAME_WEIGHTS = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
+
+class Withdrawn(ModelError):
+    """The peer has served the model once, and does so no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,9 @@ class Failure:
 
     def with_hint(self, hint: str) -> str:
         """The whole message: who failed, what it said, and what to do next."""
-        return f"{self.peer}: {self.said}" if self.engine else f"{self.peer}: {self.said}. {hint}"
+        server = self.status is not None and self.status >= 500
+        trace = f" [request {self.trace}]" if server and self.trace else ""
+        return f"{self.peer}: {self.said}{trace}" if self.engine else f"{self.peer}: {self.said}{trace}. {hint}"
 
     @property
     def said(self) -> str:
@@ -59,7 +63,10 @@ class Failure:
             return self.message
         text = re.sub(r"^(AiError:\s*)+", "", self.message.strip())
         text = re.sub(r"\s*\([0-9a-f]{8}-[0-9a-f-]{27}\)$", "", text).rstrip(".")
-        marks = [f"code {self.code}" if self.code else "", f"HTTP {self.status}" if self.status else ""]
+        marks = [
+            f"code {self.code}" if self.code and self.code != self.status else "",
+            f"HTTP {self.status}" if self.status else "",
+        ]
         marked = ", ".join(mark for mark in marks if mark)
         return f"{text} ({marked})" if marked else text
 
@@ -86,7 +93,7 @@ def _limited(hint: str) -> _Make:
             failure.with_hint(hint),
             code=failure.code,
             status=failure.status,
-            retry_after=_seconds(failure.retry_after),
+            retry_after=seconds(failure.retry_after),
         )
 
     return make
@@ -142,15 +149,14 @@ def _overflow(failure: Failure) -> MistralError:
 
 
 def _other(failure: Failure) -> MistralError:
-    """Any status without a rule of its own; the ids that the peer's support asks for are kept for 5xx."""
+    """Any status without a rule of its own."""
     server = failure.status is not None and failure.status >= 500
-    trace = f" [{failure.trace}]" if server and failure.trace else ""
-    hint = "Try again in a moment" if server else "Check the request"
-    told = f"{failure.peer}: {failure.said}{trace}. {hint}" if trace else failure.with_hint(hint)
-    return BackendError(told, code=failure.code, status=failure.status)
+    redirects = failure.status is not None and 300 <= failure.status < 400
+    hint = "Try again in a moment" if server else "Check the address" if redirects else "Check the request"
+    return BackendError(failure.with_hint(hint), code=failure.code, status=failure.status)
 
 
-def _seconds(header: str | None) -> float | None:
+def seconds(header: str | None) -> float | None:
     """Seconds to wait from a Retry-After header, which holds seconds or a date."""
     if not header:
         return None
@@ -162,12 +168,12 @@ def _seconds(header: str | None) -> float | None:
         return None
 
 
-_TOKEN = _backend(AuthenticationError, "Check the token, and that it has the Workers AI permission")
+_TOKEN = _backend(AuthenticationError, "Check the token, and what it permits: on Cloudflare, Workers AI")
 _REFUSED = _backend(
     AuthenticationError, "Accept the model's terms or enable it in the dashboard, or name another model"
 )
 _SLOW = _backend(RequestTimeout, "Try again, or lower max_tokens")
-_ROUTE = _backend(BackendError, "Check the account id and the model id")
+_ROUTE = _backend(BackendError, "Check the model id and the address; on Cloudflare, the account id")
 _NO_MODEL = _model(UnknownModel, "Check its name; `%mistral models` or `mistral-nb models` lists the local ones")
 
 _BY_CODE: dict[int, _Make] = {
@@ -177,7 +183,7 @@ _BY_CODE: dict[int, _Make] = {
     7003: _ROUTE,
     5007: _NO_MODEL,
     3042: _NO_MODEL,
-    5028: _model(ModelError, f"For the weights of Mistral-7B-Instruct v0.2 ask {SAME_WEIGHTS}"),
+    5028: _model(Withdrawn, f"For the weights of Mistral-7B-Instruct v0.2 ask {FALLBACK_MODEL}"),
     **dict.fromkeys((5018, 3041, 3023, 5016, 5035), _REFUSED),
     5006: _invalid,
     5005: _lora("the model takes no LoRA adapter; leave lora out or name a model that does"),

@@ -175,10 +175,10 @@ class Local:
 def _crash(record: EngineRecord, when: str) -> EngineCrashed | None:
     """The error for an engine that is gone, or goes within a second; None when it is still there."""
     deadline = time.monotonic() + _DYING
-    while not is_gone(record) and runtime.is_running(record):
-        if time.monotonic() > deadline:
-            return None
+    while not is_gone(record) and time.monotonic() < deadline:  # its port is closed before it has a status
         time.sleep(_POLL)
+    if not is_gone(record) and runtime.is_running(record):
+        return None
     how = ended(record)
     return EngineCrashed(
         f"the engine process ended {when}{f' ({how})' if how else ''}. "

@@ -58,11 +58,18 @@ class Line:
 
     def attach(self, peer: socket.socket) -> None:
         """Shut `peer` down when the line ends. Keeps a duplicate, which stays valid when TLS takes the socket over."""
+        # A TLS socket has no dup() of its own.
+        duplicate = socket.fromfd(peer.fileno(), peer.family, peer.type, peer.proto)
         with self._changed:
             self._drop_socket()
-            self._socket = peer.dup()
+            self._socket = duplicate
         if self.hung_up or self._expired:
             self._shut_down()
+
+    def detach(self) -> None:
+        """Forget the socket, which is then somebody else's."""
+        with self._changed:
+            self._drop_socket()
 
     def within(self, seconds: float, limit: str) -> None:
         """Set the deadline, in place of the former one. `limit` says in words what took too long."""
@@ -149,9 +156,10 @@ class Pump:
         raise StopIteration
 
     def _next_item(self) -> Any:
-        while True:
+        while _POLL:
             with contextlib.suppress(Empty):
                 return self._queue.get(timeout=_POLL)
+        return self._queue.get()
 
     def close(self) -> None:
         if not self._line.hung_up:
@@ -159,7 +167,9 @@ class Pump:
             self._line.hang_up()
 
     def __del__(self) -> None:
-        self.close()
+        # At the interpreter's end a thread that is no more may hold the line's lock.
+        if not self._over and not sys.is_finalizing():
+            self.close()
 
 
 def _run(produce: Produce, line: Line, queue: SimpleQueue[Any]) -> None:

@@ -1,71 +1,39 @@
 """The client of the Workers AI wire: Cloudflare's own service, and on loopback the local engine, which speaks the same.
 
-One request is one connection, so that cancelling is closing it. Three limits, each of its own: to connect, to the
-first text, and of silence after it. `httpx` is imported at the first request.
+Who may get the token, and what may be asked of whom, is decided here; `Exchange` does the asking.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
-from mistral_nb import __version__
-from mistral_nb.backends.failures import Failure, to_error
+from mistral_nb.backends.exchange import Exchange, NotListening, Timeouts
+from mistral_nb.backends.failures import Withdrawn
+from mistral_nb.backends.lookup import check_address
 from mistral_nb.backends.pump import Emit, Line, Pump
-from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames, peer_failure
 from mistral_nb.config import CLOUDFLARE_URL, USE_LOCAL, Secret, Settings
 from mistral_nb.engine_control import encode_json
-from mistral_nb.errors import (
-    ConfigurationError,
-    ConnectionFailed,
-    InvalidRequest,
-    MistralError,
-    RequestTimeout,
-    StreamTruncated,
-)
+from mistral_nb.errors import ConfigurationError, InvalidRequest
 from mistral_nb.runtime import is_loopback
 from mistral_nb.types import FIELDS, Chunk, Description, GenerationRequest
-
-if TYPE_CHECKING:
-    import httpx
 
 __all__ = ["DEFAULT_MODEL", "NotListening", "Timeouts", "WorkersAI", "cloudflare"]
 
 DEFAULT_MODEL = "@hf/mistral/mistral-7b-instruct-v0.2"
-MODEL_HEADER = "x-mistral-nb-model"
 _ACCOUNT = re.compile(r"[0-9a-f]{32}")
-_MODEL = re.compile(r"@(cf|hf)(/[A-Za-z0-9][A-Za-z0-9._-]*){2}")
-_ERROR_BYTES = 1 << 20
-
-
-class NotListening(ConnectionFailed):
-    """Nobody took the connection, so nothing of the request was sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Limits in seconds: to connect, from sending to the first text, and of silence after it."""
-
-    connect: float = 10.0
-    first_token: float = 300.0
-    stall: float = 60.0
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> Timeouts:
-        return cls(settings.connect_timeout, settings.first_token_timeout, settings.stall_timeout)
+_MODEL = re.compile(r"@(cf|hf)(/(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]*){2}")
+_STEERING = re.compile(r"[?#%\\\x00-\x20\x7f]|(^|/)\.{1,2}(/|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkersAI:
     """A `Backend` that speaks to `base_url`. `engine` marks the local engine: it takes every field and no proxy.
 
-    The token goes to `base_url` alone, which must be https or on this machine, else `ConfigurationError`.
+    The token goes to `base_url` alone, which must be https or on this machine, else `ConfigurationError`. Where the
+    peer has withdrawn `model`, `fallback_model` answers, if there is one. `retry_deadline` is in seconds.
     """
 
     base_url: str
@@ -75,24 +43,16 @@ class WorkersAI:
     name: str = "cloudflare"
     peer: str = "Cloudflare"
     engine: bool = False
-    timeouts: Timeouts = Timeouts()
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    retry_deadline: float = 0
+    fallback_model: str = ""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        loopback = is_loopback(parts.hostname or "")
-        if (
-            "@" in parts.netloc
-            or parts.query
-            or parts.fragment
-            or not re.fullmatch(r"[^:\[]*(:\d{1,5})?|\[.*", parts.netloc)
-        ):
-            raise ConfigurationError("base URL: must be https://host[:port][/path], without a user name or a query")
-        if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
-            raise ConfigurationError(
-                f"base URL {self.base_url!r}: the token goes over https, or to this machine, only; "
-                "use an https:// address"
-            )
-        assert loopback or not self.engine
+        check_address(self.base_url, "base URL")
+        assert is_loopback(urlsplit(self.base_url).hostname or "") or not self.engine
+        for what, part in (("account", self.account), ("model", self.model), ("model", self.fallback_model)):
+            if not self.engine and _STEERING.search(part):
+                raise ConfigurationError(f"{what} = {part!r}: holds what would change the address; correct it")
 
     def stream(self, request: GenerationRequest) -> Pump:
         if not self.engine:
@@ -106,159 +66,41 @@ class WorkersAI:
     def answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         """Read one answer to its end in this thread: what `stream` pumps, for a backend with something to do first.
 
-        Raises `MistralError`. Its cause is not chained: the frames of an HTTP client hold the request's headers.
+        Where the peer has withdrawn the model, `fallback_model` is asked once in its place.
         """
-        import httpx
-
-        reading = _Live(self, line, emit)
-        failure: MistralError
-        reading.begin()
+        started = time.monotonic()
+        withdrawn: Withdrawn
         try:
-            with self._client() as client, self._post(client, request, line) as response:
-                return reading.read(response, request)
-        except PeerFailure as error:
-            failure = to_error(Failure(self.peer, self.model, request, error.message, error.code, engine=self.engine))
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            failure = self._broken(error, reading)
-        raise failure
+            return self._exchange(self.model, request, self.retry_deadline).run(line, emit)
+        except Withdrawn as error:
+            withdrawn = error
+        other = self.fallback_model
+        if not other or other == self.model or line.hung_up:
+            raise withdrawn
+        line.release()
+        emit(Chunk(status=f"{self.peer} has withdrawn {self.model}; asking {other}"))
 
-    def _client(self) -> httpx.Client:
-        import httpx
+        def in_its_place(chunk: Chunk) -> None:
+            emit(chunk if chunk.status else replace(chunk, model=chunk.model or other, instead_of=self.model))
 
-        # The engine is plain HTTP on loopback: no proxy may see it, and there is no CA bundle to load.
-        return httpx.Client(
-            trust_env=not self.engine,
-            verify=not self.engine,
-            timeout=httpx.Timeout(None, connect=self.timeouts.connect),
-        )
-
-    def _post(self, client: httpx.Client, request: GenerationRequest, line: Line) -> AbstractContextManager[Any]:
-        def sign(outgoing: httpx.Request) -> httpx.Request:
-            outgoing.headers["Authorization"] = f"Bearer {self.token.reveal()}"
-            return outgoing
-
-        def trace(event: str, info: dict[str, Any]) -> None:
-            if event == "connection.connect_tcp.complete":
-                line.attach(info["return_value"].get_extra_info("socket"))
-
-        return client.stream(
-            "POST",
-            f"{self.base_url}/accounts/{quote(self.account)}/ai/run/{quote(self.model, safe='/@')}",
-            content=encode_json(request.to_dict()),
-            headers={
-                "Content-Type": "application/json",
-                "Accept": "text/event-stream, application/json",
-                "Accept-Encoding": "identity",
-                "User-Agent": f"mistral-nb/{__version__}",
-            },
-            auth=sign,
-            extensions={"trace": trace},
-        )
-
-    def _broken(self, error: Exception, reading: _Live) -> MistralError:
-        """The error for a connection that was not made or did not last."""
-        import httpx
-
-        if reading.line.expired:
-            return RequestTimeout(reading.line.expired)
-        host = urlsplit(self.base_url).netloc
-        if isinstance(error, httpx.ConnectTimeout):
-            return RequestTimeout(
-                f"{self.peer} at {host} took no connection within {self.timeouts.connect:g} s. "
-                "Check the network, or raise connect_timeout"
-            )
-        # A local protocol error quotes the headers.
-        detail = type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else str(error)
-        if isinstance(error, httpx.ConnectError | httpx.ProxyError | httpx.UnsupportedProtocol):
-            return NotListening(f"{self.peer} at {host} cannot be reached ({detail}). Check the network and the proxy")
-        if reading.begun:
-            return reading.truncated(detail)
-        return ConnectionFailed(f"{self.peer} broke the connection before the first text ({detail}). Try again")
-
-
-class _Live:
-    """One answer as it arrives: bytes to chunks, with the deadlines moved along."""
-
-    def __init__(self, client: WorkersAI, line: Line, emit: Emit) -> None:
-        self.line = line
-        self.begun = False
-        self._client = client
-        self._emit = emit
-        self._model: str | None = None
-
-    def begin(self) -> None:
-        limit = self._client.timeouts.first_token
-        self.line.within(
-            limit, f"{self._client.peer} gave no text within {limit:g} s. Try again, or raise first_token_timeout"
-        )
-
-    def read(self, response: httpx.Response, request: GenerationRequest) -> None:
-        """Emit the text and the last chunk. Raises `PeerFailure`, `MistralError` and what `httpx` raises."""
-        parts = self._arriving(response.iter_bytes())
-        if not response.is_success:
-            raise self._rejected(response, parts, request)
-        self._model = unquote(response.headers.get(MODEL_HEADER, "")) or None
-        head = next((part for part in parts if part.strip()), b"")
-        body = itertools.chain((head,), parts)
-        reading = Reading()
-        if head.lstrip().startswith(b"{"):
-            self._say(reading.body(b"".join(body).decode("utf-8", "replace")))
-        elif not self._follow(frames(body), reading):
-            raise RequestTimeout(self.line.expired) if self.line.expired else self.truncated("no end mark")
-        self._emit(replace(reading.last(request.max_tokens), model=self._model))
-
-    def _follow(self, data: Iterable[str], reading: Reading) -> bool:
-        """Say each frame. True once the end mark has come."""
-        for frame in data:
-            if frame.strip() == DONE:
-                return True
-            self._say(reading.frame(frame))
-        return False
-
-    def _say(self, text: str) -> None:
-        if text:
-            self.begun = True
-            self._still_there()
-            self._emit(Chunk(text=text, model=self._model))
-
-    def _arriving(self, parts: Iterable[bytes]) -> Iterator[bytes]:
-        for part in parts:
-            if self.begun:
-                self._still_there()
-            yield part
-
-    def _still_there(self) -> None:
-        limit = self._client.timeouts.stall
-        self.line.within(limit, f"{self._client.peer} fell silent for {limit:g} s. Ask again, or raise stall_timeout")
-
-    def truncated(self, detail: str) -> StreamTruncated:
-        return StreamTruncated(
-            f"{self._client.peer} broke the answer off before its end ({detail}); the text so far is kept. Ask again"
-        )
-
-    def _rejected(self, response: httpx.Response, parts: Iterator[bytes], request: GenerationRequest) -> MistralError:
-        """The error of a status other than 2xx, with the peer's own words where its body holds any."""
-        body = bytearray()
-        while len(body) < _ERROR_BYTES and (part := next(parts, b"")):
-            body += part
-        text = body.decode("utf-8", "replace")
+        left = max(0.0, self.retry_deadline - (time.monotonic() - started))
         try:
-            said = peer_failure(json.loads(text))
-        except ValueError:
-            said = None
-        headers = response.headers
-        return to_error(
-            Failure(
-                self._client.peer,
-                self._client.model,
-                request,
-                said.message if said else response.reason_phrase or "an error without a message",
-                said.code if said else None,
-                response.status_code,
-                headers.get("retry-after"),
-                headers.get("cf-ai-req-id") or headers.get("cf-ray"),
-                self._client.engine,
-            )
+            return self._exchange(other, request, left).run(line, in_its_place)
+        except Withdrawn:
+            both = f"{self.peer} has withdrawn {self.model}, and {other} too: name another model, or {USE_LOCAL}"
+        raise Withdrawn(both)
+
+    def _exchange(self, model: str, request: GenerationRequest, retry_deadline: float) -> Exchange:
+        return Exchange(
+            peer=self.peer,
+            url=f"{self.base_url}/accounts/{quote(self.account)}/ai/run/{quote(model, safe='/@')}",
+            token=self.token,
+            body=encode_json(request.to_dict()),
+            model=model,
+            request=request,
+            timeouts=self.timeouts,
+            retry_deadline=retry_deadline,
+            engine=self.engine,
         )
 
 
@@ -280,11 +122,10 @@ def cloudflare(settings: Settings, model: str | None = None) -> WorkersAI:
             f"{settings.source('cloudflare_account_id')} = {account!r}: an account id is 32 hexadecimal digits; "
             "copy it from https://dash.cloudflare.com"
         )
-    name = model or DEFAULT_MODEL
-    if not _MODEL.fullmatch(name):
-        raise ConfigurationError(
-            f"model = {name!r}: Cloudflare's models are called like {DEFAULT_MODEL}; give such an id"
-        )
+    name, fallback = model or DEFAULT_MODEL, settings.cloudflare_fallback_model
+    _check_model(name, "model")
+    if fallback:
+        _check_model(fallback, settings.source("cloudflare_fallback_model"))
     if settings.cloudflare_base_url != CLOUDFLARE_URL and not settings.cloudflare_trust_base_url:
         raise ConfigurationError(
             f"{settings.source('cloudflare_base_url')} = {settings.cloudflare_base_url!r} is not Cloudflare's address, "
@@ -296,7 +137,16 @@ def cloudflare(settings: Settings, model: str | None = None) -> WorkersAI:
         token=token,
         model=name,
         timeouts=Timeouts.from_settings(settings),
+        retry_deadline=settings.retry_deadline,
+        fallback_model=fallback,
     )
+
+
+def _check_model(name: str, origin: str) -> None:
+    if not _MODEL.fullmatch(name):
+        raise ConfigurationError(
+            f"{origin} = {name!r}: Cloudflare's models are called like {DEFAULT_MODEL}; give such an id"
+        )
 
 
 def _refuse_local_only(request: GenerationRequest) -> None:

@@ -42,6 +42,7 @@ class Peer:
     accepted: threading.Event = field(default_factory=threading.Event)
     asked: threading.Event = field(default_factory=threading.Event)
     gone: threading.Event = field(default_factory=threading.Event)
+    drop: bytes = b'data: {"response": "drip "}\n\n'
 
     def __post_init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -91,7 +92,7 @@ class Peer:
         gone = threading.Event()
         with connection, _quiet():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.seen.append(_read_request(connection))
+            self.seen.append(read_request(connection))
             self.asked.set()
             self._start(self._watch, connection, gone)
             for step in script:
@@ -114,7 +115,7 @@ class Peer:
 
     def _drip(self, connection: socket.socket, gone: threading.Event) -> None:
         while not gone.wait(0.01):
-            connection.sendall(frame({"response": "drip "}))
+            connection.sendall(self.drop)
 
     def _watch(self, connection: socket.socket, gone: threading.Event) -> None:
         with _quiet():
@@ -133,7 +134,7 @@ class _quiet:
         return kind is not None and issubclass(kind, OSError)
 
 
-def _read_request(connection: socket.socket) -> Seen:
+def read_request(connection: socket.socket) -> Seen:
     data = b""
     while b"\r\n\r\n" not in data:
         part = connection.recv(65536)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mistral_nb.backends.failures import Withdrawn
 from mistral_nb.backends.workers_ai import WorkersAI
 from mistral_nb.errors import (
     AuthenticationError,
@@ -13,7 +14,6 @@ from mistral_nb.errors import (
     ContextOverflow,
     InvalidRequest,
     MistralError,
-    ModelError,
     RateLimited,
     RequestTimeout,
     UnknownModel,
@@ -43,8 +43,8 @@ def refused(backend: WorkersAI, request: GenerationRequest | None = None) -> Mis
         ("404 Not Found", None, BackendError),
         ("400 Bad Request", 5007, UnknownModel),
         ("404 Not Found", 3042, UnknownModel),
-        ("410 Gone", 5028, ModelError),
-        ("410 Gone", None, ModelError),
+        ("410 Gone", 5028, Withdrawn),
+        ("410 Gone", None, Withdrawn),
         ("400 Bad Request", 5006, InvalidRequest),
         ("405 Method Not Allowed", 5005, InvalidRequest),
         ("404 Not Found", 3037, InvalidRequest),
@@ -90,6 +90,19 @@ def test_an_error_page_that_is_no_json(peer: Peer, client: Make) -> None:
     assert "Bad Gateway" in str(error)
     assert "8a1b-FRA" in str(error)
     assert len(str(error)) < 200
+
+
+@pytest.mark.parametrize(("code", "kind"), [(3040, RateLimited), (3046, RequestTimeout), (None, BackendError)])
+def test_the_servers_own_failures_name_the_request(
+    peer: Peer, client: Make, code: int | None, kind: type[MistralError]
+) -> None:
+    errors = [{"message": "no", "code": code}]
+    peer.scripts = [body({"errors": errors}, "503 Unavailable", "cf-ai-req-id: f00d")]
+    error = refused(client())
+    assert type(error) is kind
+    assert "[request f00d]. " in str(error)
+    peer.scripts = [body({"errors": errors}, "429 Too Many", "cf-ai-req-id: f00d")]
+    assert "f00d" not in str(refused(client()))
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mistral_nb.backends import Local, WorkersAI, best_local, nvidia_gpus, resolve
+from mistral_nb.backends import Local, OpenAICompatible, Remote, WorkersAI, best_local, nvidia_gpus, resolve
 from mistral_nb.backends.workers_ai import DEFAULT_MODEL
 from mistral_nb.config import load_settings
 from mistral_nb.errors import ConfigurationError, MissingDependency, ModelError, UnknownModel
@@ -198,3 +199,71 @@ def test_where_only_the_engine_could_answer_and_torch_lacks_the_command_is_told(
     assert 'pip install "mistral-nb[local]"' in message
     assert "CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN" in message
     assert "needs torch" in message
+
+
+SERVER = {"server_token": "s3rver-t0ken"}
+VLLM = {"backend": "openai", "openai_base_url": "https://gpu.example.com/v1/"}
+
+
+@pytest.mark.parametrize("address", ["https://gpu.example.com:8443", "http://127.0.0.1:8000/", "http://[::1]:8000"])
+def test_an_address_is_a_server_elsewhere(address: str) -> None:
+    by_argument = resolve(load_settings(SERVER), backend=address)
+    by_setting = resolve(load_settings({**SERVER, "backend": address}))
+    assert isinstance(by_argument.backend, Remote)
+    host = address.split("/")[2]
+    assert by_argument.why == f"asked for by name: {address.rstrip('/')}"
+    assert by_setting.why == f"%config Mistral.backend = {address.rstrip('/')}"
+    assert by_argument.backend.describe() == by_setting.backend.describe()
+    assert by_argument.backend.describe().device == host
+    assert by_argument.backend.describe().model == "the model that it holds"
+    assert resolve(load_settings(SERVER), backend=address, model="embedded").backend.describe().stand_in_for
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://gpu.example.com:8000", "the token goes over https, or to this machine, only"),
+        ("http://127.0.0.1.example.com", "the token goes over https"),
+        ("https://user:pass@gpu.example.com", "no user name"),
+        ("https://gpu.example.com/?next=1", "with no user name and no query"),
+        ("https://gpu.example.com:port", r"https://host\[:port\]"),
+        *(
+            (address, "in ASCII")
+            for address in ("https://gpu example.com", "https://a..b", "https://[zz]:3", "https://ä")
+        ),
+        ("https://", r"https://host\[:port\]"),
+    ],
+)
+def test_an_address_that_may_not_get_the_token_is_refused(address: str, told: str) -> None:
+    message = refused(ConfigurationError, backend=address, settings=SERVER)
+    assert re.search(told, message)
+    assert message.startswith("backend")
+    assert "s3rver-t0ken" not in message
+
+
+def test_a_server_elsewhere_needs_its_token() -> None:
+    message = refused(ConfigurationError, backend="https://gpu.example.com:8443")
+    assert message.startswith("mistral-nb at gpu.example.com:8443 needs its token: set MISTRAL_NB_SERVER_TOKEN")
+
+
+def test_an_openai_compatible_server_answers_by_name() -> None:
+    chosen = resolve(load_settings(VLLM), model="mine")
+    assert isinstance(chosen.backend, OpenAICompatible)
+    said = chosen.backend.describe()
+    assert (said.backend, said.model, said.device) == ("openai", "mine", "gpu.example.com")
+    assert resolve(load_settings({**VLLM, "model": "mine"})).backend.describe() == said
+    assert resolve(load_settings(VLLM)).backend.describe().model == "the only model there"
+
+
+def test_an_openai_compatible_server_needs_an_address_that_may_get_the_key() -> None:
+    assert "MISTRAL_NB_OPENAI_BASE_URL" in refused(ConfigurationError, backend="openai")
+    plain = {"backend": "openai", "openai_base_url": "http://gpu.example.com:8000/v1"}
+    assert isinstance(resolve(load_settings(plain)).backend, OpenAICompatible)
+    message = refused(ConfigurationError, settings={**plain, "openai_api_key": "k3y"})
+    assert message.startswith("%config Mistral.openai_base_url = 'http://gpu.example.com:8000/v1'")
+    assert "k3y" not in message
+
+
+def test_auto_never_asks_a_server_that_is_not_named() -> None:
+    settings = load_settings({**SERVER, "openai_base_url": "https://gpu.example.com/v1", "openai_api_key": "k3y"})
+    assert isinstance(resolve(settings).backend, Local)

@@ -1,23 +1,29 @@
-"""What every backend's stream does: the Workers AI client on a scripted peer, and the local engine with its model."""
+"""What every backend's stream does: two clients on scripted peers, and three ways to a real engine and its model."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from mistral_nb.backends import Backend, Local, WorkersAI
+from mistral_nb import runtime
+from mistral_nb.answer import Answer
+from mistral_nb.backends import Backend, Local, resolve
 from mistral_nb.config import load_settings
 from mistral_nb.engine_control import status
-from mistral_nb.errors import ContextOverflow, InvalidRequest
+from mistral_nb.errors import BackendError, ContextOverflow, InvalidRequest, StreamTruncated
+from mistral_nb.models import EMBEDDED
 from mistral_nb.types import Chunk, GenerationRequest
 from tests.backends.scripted import PATIENCE, Peer, body, eventually, frame, head
 
 BOUND = 0.2
+CAPITAL = ("The ", "capital ", "is ", "Paris", ".")
+SCRIPTED = ("workers_ai", "openai")
+REAL = ("local", "remote", "openai_of_ours")
 
 
 @dataclass
@@ -27,35 +33,92 @@ class Subject:
     backend: Backend
     prepare: Callable[[str], None]
     at_rest: Callable[[], bool]
+    real: bool = True
 
 
-def script(kind: str) -> list[Any]:
-    """A peer's part. `short` ends with a stop, `long` never ends, `cut` is at its measure, `over` is too long."""
+def script(dialect: str, kind: str) -> list[Any]:
+    """A peer's part. `short` ends with a stop, `long` never ends, `cut` is at its measure, `over` is too long, `split`
+    comes byte by byte, `whole` in one piece; `broken` and `ended` stop after some text.
+    """
     usage = {"prompt_tokens": 30, "completion_tokens": 5}
-    pieces = [frame({"response": text}) for text in ("The ", "capital ", "is ", "Paris", ".")]
-    last = {"response": "", "usage": usage, "finish_reason": "length" if kind == "cut" else "stop"}
-    if kind == "over":
-        message = "prompt = '20000 tokens': does not fit the context of 8192 tokens"
-        return body({"errors": [{"message": message, "code": 5021}], "success": False}, "413 Too Large")
-    if kind == "whole":
-        return body({"result": {**last, "response": "The capital is Paris."}, "success": True})
-    return [head(), "drip"] if kind == "long" else [head(), *pieces, frame(last), frame("[DONE]")]
+    reason = "length" if kind == "cut" else "stop"
+    if dialect == "openai":
+        pieces = [frame({"choices": [{"delta": {"content": text}}]}) for text in _texts(kind)]
+        last = [frame({"choices": [{"delta": {}, "finish_reason": reason}]}), frame({"choices": [], "usage": usage})]
+        error = {"error": {"message": "out of memory", "code": 500}}
+        whole = {
+            "choices": [{"message": {"content": "The capital is Paris."}, "finish_reason": reason}],
+            "usage": usage,
+        }
+        told = "This model's maximum context length is 8192 tokens. However, you requested 20005 tokens (20000 in the "
+        over = body({"error": {"message": f"{told}messages, 5 in the completion).", "code": 400}}, "400 Bad Request")
+    else:
+        pieces = [frame({"response": text}) for text in _texts(kind)]
+        end = {"response": "", "usage": usage, "finish_reason": reason}
+        last = [frame(end)]
+        error = {"errors": [{"message": "out of memory", "code": 3043}], "success": False}
+        whole = {"result": {**end, "response": "The capital is Paris."}, "success": True}
+        told = "prompt = '20000 tokens': does not fit the context of 8192 tokens"
+        over = body({"errors": [{"message": told, "code": 5021}], "success": False}, "413 Too Large")
+    answers: dict[str, list[Any]] = {
+        "long": [head(), "drip"],
+        "over": over,
+        "whole": body(whole),
+        "broken": [head(), *pieces, frame(error)],
+        "ended": [head(), *pieces],
+    }
+    parts = [*pieces, *last, frame("[DONE]")]
+    if kind == "split":
+        parts = [bytes([byte]) for byte in b"".join(parts)]
+    return answers.get(kind, [head(), *parts])
 
 
-@pytest.fixture(params=["workers_ai", "local"])
-def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    if request.param == "local":
-        engine: Local = request.getfixturevalue("engine")
-        yield Subject(engine, lambda kind: None, lambda: active() == 0)
-        return
+def _texts(kind: str) -> tuple[str, ...]:
+    return ("Grüezi ", "🦊", "漢字") if kind == "split" else CAPITAL
+
+
+def make(name: str, request: pytest.FixtureRequest) -> Subject:
+    if name in REAL:
+        local: Local = request.getfixturevalue("engine")
+        return Subject(local if name == "local" else reached(name), lambda kind: None, lambda: active() == 0)
     peer: Peer = request.getfixturevalue("peer")
-    client: WorkersAI = request.getfixturevalue("client")()
+    if name == "openai":
+        peer.drop = frame({"choices": [{"delta": {"content": "drip "}}]})
+        settings = load_settings({"openai_base_url": f"http://127.0.0.1:{peer.port}/v1", "retry_deadline": 0})
+        client: Backend = resolve(settings, backend="openai", model="mistral-7b").backend
+    else:
+        client = request.getfixturevalue("client")()
 
     def prepare(kind: str) -> None:
         peer.gone.clear()
-        peer.scripts = [script(kind)]
+        peer.scripts = [script(name, kind)]
 
-    yield Subject(client, prepare, peer.gone.is_set)
+    return Subject(client, prepare, peer.gone.is_set, real=False)
+
+
+def reached(name: str) -> Backend:
+    """The shared engine as a server elsewhere: by its address, or as an OpenAI-compatible one."""
+    record = runtime.read_record(EMBEDDED)
+    assert record
+    if name == "remote":
+        return resolve(load_settings({"server_token": record.token}), backend=record.base_url).backend
+    settings = load_settings({"openai_base_url": f"{record.base_url}/v1", "openai_api_key": record.token})
+    return resolve(settings, backend="openai", model=EMBEDDED).backend
+
+
+@pytest.fixture(params=[*SCRIPTED, *REAL])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return make(request.param, request)
+
+
+@pytest.fixture(params=SCRIPTED)
+def scripted(request: pytest.FixtureRequest) -> Subject:
+    return make(request.param, request)
+
+
+@pytest.fixture(params=REAL)
+def real(request: pytest.FixtureRequest) -> Subject:
+    return make(request.param, request)
 
 
 def active() -> int:
@@ -110,23 +173,91 @@ def test_a_failure_before_the_first_text_raises(subject: Subject) -> None:
     assert "shorten it" in str(caught.value)
 
 
-def test_a_field_that_the_model_cannot_serve_raises(engine: Local) -> None:
+def test_a_failure_after_the_first_text_keeps_the_text(scripted: Subject) -> None:
+    for kind, reason, error in (("broken", "error", BackendError), ("ended", "truncated", StreamTruncated)):
+        scripted.prepare(kind)
+        answer = Answer(scripted.backend, SHORT)
+        chunks: list[Chunk] = []
+        with pytest.raises(error) as caught:
+            chunks.extend(answer)
+        assert answer.text == "".join(CAPITAL)
+        assert answer.result.finish_reason == reason
+        assert caught.value.result
+        assert caught.value.result.text == answer.text
+        assert list(answer) == []
+
+
+def test_characters_that_are_cut_on_the_way_are_whole(scripted: Subject) -> None:
+    scripted.prepare("split")
+    chunks = list(scripted.backend.stream(SHORT))
+    assert [chunk.text for chunk in chunks if chunk.text] == list(_texts("split"))
+    assert chunks[-1].usage
+
+
+def test_characters_of_many_tokens_come_whole(real: Subject) -> None:
+    request = GenerationRequest(prompt="🦊🐶" * 5, raw=True, max_tokens=30, temperature=0)
+    pieces = [chunk.text for chunk in real.backend.stream(request)]
+    [whole] = [chunk.text for chunk in real.backend.stream(request.with_(stream=False)) if chunk.text]
+    assert "".join(pieces) == whole
+    assert len(pieces) > 5
+    assert set(whole) <= {"🦊", "🐶"}
+
+
+SAMPLED = {"prompt": "Name a colour.", "seed": 7, "temperature": 1.2, "top_k": 20, "top_p": 0.9, "max_tokens": 16}
+PENALISED = {
+    "prompt": "Count: 1 2 3",
+    "temperature": 0,
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.5,
+    "raw": True,
+}
+CALLED = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How is the weather in Zürich, and what is 2 + 3?"},
+        {
+            "role": "assistant",
+            "content": '[{"name": "weather", "arguments": {"city": "Zürich"}}, {"name": "add", "arguments": {}}]',
+        },
+        {"role": "tool", "name": "add", "content": "5"},
+        {"role": "tool", "name": "weather", "content": '"sunny"'},
+    ],
+    "functions": [
+        {"name": "weather", "code": "def weather(city: str): ..."},
+        {"name": "add", "code": '{"description": "Adds.", "parameters": {"type": "object", "properties": {}}}'},
+    ],
+    "temperature": 0,
+    "max_tokens": 24,
+}
+
+
+@pytest.mark.parametrize("fields", [SAMPLED, PENALISED, CALLED], ids=["sampled", "penalised", "called"])
+def test_every_way_to_an_engine_gives_the_same_text(request: pytest.FixtureRequest, fields: dict[str, Any]) -> None:
+    asked = GenerationRequest.from_dict({"max_tokens": 24, **fields})
+    found = {name: list(make(name, request).backend.stream(asked)) for name in REAL}
+    assert len({"".join(chunk.text for chunk in chunks) for chunks in found.values()}) == 1
+    assert len({chunks[-1].usage for chunks in found.values()}) == 1
+    assert len({(chunks[-1].finish_reason, str(chunks[-1].tool_calls)) for chunks in found.values()}) == 1
+    assert found["local"][-1].usage
+
+
+def test_a_field_that_the_model_cannot_serve_raises(real: Subject) -> None:
     with pytest.raises(InvalidRequest, match="lora"):
-        list(engine.stream(SHORT.with_(lora="mine")))
+        list(real.backend.stream(SHORT.with_(lora="mine")))
 
 
-def test_a_field_that_the_engine_refuses_is_named_in_its_own_words(engine: Local) -> None:
-    functions = [{"name": "f", "code": "1"}]
+def test_a_field_that_the_engine_refuses_is_named_in_its_own_words(real: Subject) -> None:
+    functions = [{"name": "f", "code": "{"}]
     with pytest.raises(InvalidRequest) as caught:
-        list(engine.stream(GenerationRequest.from_dict({"prompt": "Hi", "functions": functions})))
-    assert caught.value.field == "functions"
-    assert str(caught.value).startswith("functions = ")
+        list(real.backend.stream(GenerationRequest.from_dict({"prompt": "Hi", "functions": functions})))
+    assert caught.value.field.startswith("functions")
+    assert "functions[0] = 'f': its code begins as JSON" in str(caught.value)
     assert "5006" not in str(caught.value)
 
 
-def test_a_prompt_of_the_greatest_length_is_refused_for_its_tokens(engine: Local) -> None:
+def test_a_prompt_of_the_greatest_length_is_refused_for_its_tokens(real: Subject) -> None:
     with pytest.raises(ContextOverflow):
-        list(engine.stream(SHORT.with_(prompt="🦊" * 131_072)))
+        list(real.backend.stream(SHORT.with_(prompt="🦊" * 131_072)))
 
 
 def test_closing_from_another_thread_ends_a_blocked_read_at_once(subject: Subject) -> None:
@@ -160,7 +291,7 @@ def test_closing_before_the_first_read_cancels_too(subject: Subject) -> None:
     stream = subject.backend.stream(LONG)
     stream.close()
     assert [chunk.finish_reason for chunk in stream if not chunk.text and not chunk.status] == ["cancelled"]
-    assert not isinstance(subject.backend, Local) or eventually(subject.at_rest, PATIENCE)
+    assert not subject.real or eventually(subject.at_rest, PATIENCE)
 
 
 def test_closing_in_the_same_thread_cancels(subject: Subject) -> None:
@@ -224,4 +355,4 @@ def test_the_backend_says_who_answers(subject: Subject) -> None:
     assert said.backend == subject.backend.name
     assert said.model
     assert said.device
-    assert said.stand_in_for == ("Mistral-7B-Instruct" if isinstance(subject.backend, Local) else "")
+    assert said.stand_in_for == ("Mistral-7B-Instruct" if said.backend in ("local", "remote") else "")

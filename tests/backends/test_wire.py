@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames
-from mistral_nb.types import Chunk, Usage
+from mistral_nb.backends.workers_ai import WorkersAI
+from mistral_nb.types import Chunk, GenerationRequest, Usage
+from tests.backends.scripted import Peer, head
 
 BODY = (
     'data: {"response":"Grüße","p":"abcdefgh"}\r\n\r\n'
@@ -27,6 +31,46 @@ def test_frames_come_out_whole_whatever_the_size_of_the_parts(size: int) -> None
 def test_frames_come_out_whole_wherever_they_are_split() -> None:
     for at in range(len(BODY) + 1):
         assert list(frames([BODY[:at], BODY[at:]])) == DATA, f"split at byte {at}"
+
+
+KINDS = (
+    {"response": "Hello", "p": "abcdefgh"},
+    {"response": "", "tool_calls": [], "p": "abdef"},
+    {"tool_calls": [], "p": "abdefgh"},
+    {"response": 1},
+    {"response": "é日🙂", "usage": {"prompt_tokens": 9, "completion_tokens": 1}},
+    {"choices": [{"index": 0, "delta": {"content": " you"}, "finish_reason": None}], "object": "chat.completion.chunk"},
+    {"response": "", "finish_reason": "length"},
+    {"response": None, "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}},
+)
+WIRE = "".join(f"data: {json.dumps(kind, ensure_ascii=False)}\n\n" for kind in KINDS) + "data: [DONE]\n\ndata: [DONE]"
+READ = ("Hello1é日🙂 you", Chunk(finish_reason="length", usage=Usage(9, 4)))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_every_kind_of_frame_split_at_every_byte(end: str) -> None:
+    data = WIRE.replace("\n", end).encode()
+    for at in range(len(data) + 1):
+        *read, done, again = frames([data[:at], data[at:]])
+        assert (done, again) == (DONE, DONE)
+        reading = Reading()
+        assert ("".join(map(reading.frame, read)), reading.last(100)) == READ, f"split at byte {at}"
+
+
+def test_the_same_over_a_socket(peer: Peer, client: Callable[..., WorkersAI]) -> None:
+    """Two segments for each byte at which the answer can be split, its HTTP head included."""
+    data = head() + WIRE.encode()
+    peer.scripts = [[data[:at], data[at:]] for at in range(1, len(data))]
+    backend = client()
+    for at in range(1, len(data)):
+        *texts, last = backend.stream(GenerationRequest(prompt="Hello"))
+        assert ("".join(chunk.text for chunk in texts), last) == READ, f"split at byte {at}"
+    assert len(peer.seen) == len(data) - 1
+
+
+def test_a_line_without_an_end_is_given_up() -> None:
+    with pytest.raises(PeerFailure, match="16 MiB"):
+        list(frames(itertools.repeat(b"data: " + b"x" * (1 << 20))))
 
 
 def test_a_frame_is_given_as_soon_as_it_is_complete() -> None:
@@ -101,7 +145,15 @@ def test_without_a_reason_a_full_measure_of_tokens_means_length(usage: Any, reas
     assert read({"response": "a", "usage": usage})[1].finish_reason == reason
 
 
-@pytest.mark.parametrize("usage", [None, 7, {"prompt_tokens": "many"}, []])
+def test_neurons_are_read_where_usage_holds_them() -> None:
+    assert (
+        read({"response": "a", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "neurons": 2.5}})[1].neurons == 2.5
+    )
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": float("nan")}, {"completion_tokens": 1.5}, None, 7, {"prompt_tokens": "many"}, []]
+)
 def test_usage_that_cannot_be_read_is_unknown(usage: Any) -> None:
     assert read({"response": "a", "usage": usage})[1].usage is None
 
@@ -114,6 +166,10 @@ def test_usage_that_cannot_be_read_is_unknown(usage: Any) -> None:
         ('{"error":{"message":"broken","code":"5006"}}', "broken", 5006),
         ('{"errors":["broken"]}', "broken", None),
         ('{"success":false,"errors":[]}', "no reason given", None),
+        ('{"object":"error","message":"broken","code":404}', "broken", 404),
+        ('{"detail":"Not Found"}', "Not Found", None),
+        ('{"detail":[{"loc":["body","top_p"],"msg":"too small"}]}', "too small", None),
+        ("[" * 100_000, "not a JSON object", None),
         ('{"response":"half', "not a JSON object", None),
         ("17", "not a JSON object", None),
     ],

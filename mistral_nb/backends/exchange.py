@@ -1,0 +1,309 @@
+"""One answer over HTTP, read to its end: the request sent, the chunks emitted, failures told apart and tried again.
+
+Three limits, each of its own: to connect, to the first text, and of silence after it. URL and body are the caller's;
+the frames may be those of Workers AI or of OpenAI. `httpx` is imported at the first request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from mistral_nb import __version__
+from mistral_nb.backends import connection
+from mistral_nb.backends.failures import Failure, seconds, to_error
+from mistral_nb.backends.pump import Emit, HungUp, Line
+from mistral_nb.backends.retry import NotListening, Retries
+from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames, peer_failure
+from mistral_nb.config import Secret, Settings
+from mistral_nb.errors import ConnectionFailed, MistralError, RequestTimeout, StreamTruncated
+from mistral_nb.runtime import is_loopback
+from mistral_nb.types import Chunk, GenerationRequest
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Exchange", "NotListening", "Timeouts", "broken"]
+
+MODEL_HEADER = "x-mistral-nb-model"
+_REQUEST_IDS = ("cf-ai-req-id", "cf-ray", "x-request-id")
+_ERROR_BYTES = 1 << 20
+_BODY_BYTES = 64 << 20
+# What may follow the end mark while the connection stays good for the next request: bytes and seconds.
+_REST_BYTES = 64 << 10
+_REST_SECONDS = 0.2
+# How exactly the limit of silence is kept: moving it at every frame took a tenth of the time.
+_NOTE_SECONDS = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Limits in seconds: to connect, from sending to the first text, and of silence after it."""
+
+    connect: float = 10.0
+    first_token: float = 300.0
+    stall: float = 60.0
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Timeouts:
+        return cls(settings.connect_timeout, settings.first_token_timeout, settings.stall_timeout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """`body` (JSON) to `url`, and the answer of `peer` (a name for people) to it.
+
+    The token, where there is one, goes to `url` alone: no redirect is followed. `retry_deadline` is in seconds, 0 for
+    one try. `engine` marks a mistral-nb server, whose error messages are whole. Plain HTTP to this machine sees no
+    proxy. `explain` makes the error of what the peer said. `request` and `model` are what was asked, for the messages
+    and for `max_tokens`; `frames_tell_model` where OpenAI's frames are believed in who answers.
+    """
+
+    peer: str
+    url: str
+    token: Secret | None = field(repr=False)
+    body: bytes = field(repr=False)
+    model: str
+    request: GenerationRequest
+    timeouts: Timeouts
+    retry_deadline: float = 0
+    engine: bool = False
+    explain: Callable[[Failure], MistralError] = to_error
+    frames_tell_model: bool = False
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+    @property
+    def who(self) -> str:
+        """The peer with its host, which its name may hold already."""
+        return self.peer if self.host in self.peer else f"{self.peer} at {self.host}"
+
+    def run(self, line: Line, emit: Emit) -> None:
+        """Read the answer in this thread: what `Pump` pumps. While it waits to try again, it emits a status.
+
+        Raises `MistralError`. Its cause is not chained: the frames of an HTTP client hold the request.
+        """
+        retries = Retries(self.retry_deadline)
+        while True:
+            live = _Live(self, line, emit)
+            failure = self._once(live)
+            if failure is None:
+                return
+            again = None if live.begun or line.hung_up else retries.next(failure, live.retry_after)
+            if again is None:
+                raise failure
+            wait, status = again
+            line.release()
+            emit(Chunk(status=status))
+            if line.wait(wait):
+                raise HungUp
+
+    def _once(self, live: _Live) -> MistralError | None:
+        import httpx
+
+        parts = urlsplit(self.url)
+        live.begin()
+        try:
+            with connection.send(
+                "POST",
+                self.url,
+                line=live.line,
+                token=self.token,
+                connect=self.timeouts.connect,
+                direct=parts.scheme == "http" and is_loopback(parts.hostname or ""),
+                content=self.body,
+                headers={
+                    "Content-Type": "application/json",
+                    "Accept": "text/event-stream, application/json",
+                    "Accept-Encoding": "identity",
+                    "User-Agent": f"mistral-nb/{__version__}",
+                },
+            ) as response:
+                live.read(response)
+        except PeerFailure as error:
+            return self.failed(error, trace=live.request_id)
+        except MistralError as error:
+            return error.with_traceback(None)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            return self._broken(error, live)
+        return None
+
+    def failed(
+        self, said: PeerFailure, status: int | None = None, retry_after: str | None = None, trace: str | None = None
+    ) -> MistralError:
+        """The error of what the peer said."""
+        return self.explain(
+            Failure(
+                self.peer, self.model, self.request, said.message, said.code, status, retry_after, trace, self.engine
+            )
+        )
+
+    def _broken(self, error: Exception, live: _Live) -> MistralError:
+        """The error for a connection that was not made or did not last."""
+        if live.line.expired:
+            return RequestTimeout(live.line.expired)
+        detail, not_made = broken(self.who, error, self.timeouts.connect)
+        if not_made:
+            return not_made
+        if live.begun:
+            return live.truncated(detail)
+        return ConnectionFailed(f"{self.peer} broke the connection before the first text ({detail}). Try again")
+
+
+def broken(who: str, error: Exception, connect: float) -> tuple[str, MistralError | None]:
+    """What went wrong with a connection, in words, and the error if it was never made. `connect` is in seconds."""
+    import httpx
+
+    # A local protocol error quotes the headers.
+    detail = type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else str(error)
+    if isinstance(error, httpx.ConnectTimeout):
+        return detail, RequestTimeout(
+            f"{who} took no connection within {connect:g} s. Check the network, or raise connect_timeout"
+        )
+    if isinstance(error, httpx.ConnectError | httpx.ProxyError | httpx.UnsupportedProtocol):
+        unknown = "certificate verify failed" in detail.lower()
+        hint = "To trust its certificate, set SSL_CERT_FILE" if unknown else "Check the network and the proxy"
+        return detail, NotListening(f"{who} cannot be reached ({detail}). {hint}")
+    return detail, None
+
+
+class _Live:
+    """One answer as it arrives: bytes to chunks, with the deadlines moved along."""
+
+    def __init__(self, exchange: Exchange, line: Line, emit: Emit) -> None:
+        self.line = line
+        self.begun = False
+        self.request_id: str | None = None
+        self.retry_after: float | None = None
+        self._exchange = exchange
+        self._emit = emit
+        self._model: str | None = None
+        self._noted = 0.0
+        peer, limit = exchange.peer, exchange.timeouts.stall
+        self._silence = f"{peer} fell silent for {limit:g} s. Ask again, or raise stall_timeout"
+
+    def begin(self) -> None:
+        limit = self._exchange.timeouts.first_token
+        self.line.within(
+            limit, f"{self._exchange.peer} gave no text within {limit:g} s. Try again, or raise first_token_timeout"
+        )
+
+    def read(self, response: httpx.Response) -> None:
+        """Emit the text and the last chunk. Raises `PeerFailure`, `MistralError` and what `httpx` raises."""
+        headers = response.headers
+        self.request_id = next((headers[name] for name in _REQUEST_IDS if headers.get(name)), None)
+        self._model = unquote(headers.get(MODEL_HEADER, "")) or None
+        arriving = response.iter_bytes() if headers.get("content-encoding") else response.iter_raw()
+        parts = self._watched(arriving)
+        if not response.is_success:
+            raise self._rejected(response, parts)
+        head = next((part for part in parts if part.strip()), b"")
+        body = itertools.chain((head,), parts)
+        reading = Reading()
+        if head.lstrip().startswith(b"{"):
+            self._say(reading.body(_all_of(body)), reading)
+        elif not self._follow(frames(body), reading):
+            raise RequestTimeout(self.line.expired) if self.line.expired else self.truncated("no end mark")
+        self._told(reading)
+        last = reading.last(self._exchange.request.max_tokens)
+        neurons = _number(headers.get("cf-ai-neurons"))
+        self._emit(
+            replace(
+                last,
+                model=self._model,
+                request_id=self.request_id,
+                neurons=last.neurons if neurons is None else neurons,
+            )
+        )
+        self._finish(arriving)
+
+    def _follow(self, data: Iterable[str], reading: Reading) -> bool:
+        """Say each frame. True once the end mark has come."""
+        for frame in data:
+            if frame.strip() == DONE:
+                return True
+            self._say(reading.frame(frame), reading)
+        return False
+
+    def _say(self, text: str, reading: Reading) -> None:
+        if text:
+            if not self.begun:
+                self.begun = True
+                self._told(reading)
+                self._still_there()
+            self._emit(Chunk(text=text, model=self._model))
+
+    def _told(self, reading: Reading) -> None:
+        if self._exchange.frames_tell_model:
+            self._model = self._model or reading.model
+
+    def _watched(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        for part in parts:
+            if self.begun and time.monotonic() > self._noted + _NOTE_SECONDS:
+                self._still_there()
+            yield part
+
+    def _still_there(self) -> None:
+        self._noted = time.monotonic()
+        self.line.within(self._exchange.timeouts.stall, self._silence)
+
+    def _finish(self, arriving: Iterator[bytes]) -> None:
+        """Read the few bytes after the end mark, if they come at once: the connection is then kept."""
+        import httpx
+
+        self.line.within(_REST_SECONDS, "the answer did not end after its end mark")
+        left = _REST_BYTES
+        with contextlib.suppress(httpx.TransportError, httpx.DecodingError):
+            while left > 0 and (part := next(arriving, None)) is not None:
+                left -= len(part)
+        self.line.release()
+
+    def truncated(self, detail: str) -> StreamTruncated:
+        return StreamTruncated(
+            f"{self._exchange.peer} broke the answer off before its end ({detail}); the text so far is kept. Ask again"
+        )
+
+    def _rejected(self, response: httpx.Response, parts: Iterator[bytes]) -> MistralError:
+        """The error of a status other than 2xx, with the peer's own words where its body holds any."""
+        body = bytearray()
+        while len(body) < _ERROR_BYTES and (part := next(parts, b"")):
+            body += part
+        try:
+            said = peer_failure(json.loads(body.decode("utf-8", "replace")))
+        except (ValueError, RecursionError):
+            said = None
+        if response.has_redirect_location:
+            where = urlsplit(response.headers["location"]).netloc or "another path"
+            said = PeerFailure(f"it redirects to {where}, where the request and the token are not sent")
+        header = response.headers.get("retry-after")
+        self.retry_after = seconds(header)
+        return self._exchange.failed(
+            said or PeerFailure(response.reason_phrase or "an error without a message"),
+            response.status_code,
+            header,
+            self.request_id,
+        )
+
+
+def _all_of(parts: Iterable[bytes]) -> str:
+    body = bytearray()
+    for part in parts:
+        body += part
+        if len(body) > _BODY_BYTES:
+            raise PeerFailure(f"its answer has more than {_BODY_BYTES >> 20} MiB")
+    return body.decode("utf-8", "replace")
+
+
+def _number(header: str | None) -> float | None:
+    try:
+        return float(header) if header else None
+    except ValueError:
+        return None

@@ -1,0 +1,137 @@
+"""A small question to a peer before the one for text, answered in JSON: which model it holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from mistral_nb import __version__
+from mistral_nb.backends.connection import send
+from mistral_nb.backends.exchange import Timeouts, broken
+from mistral_nb.backends.pump import Emit, HungUp, Line
+from mistral_nb.backends.retry import Retries
+from mistral_nb.config import Secret
+from mistral_nb.errors import BackendError, ConfigurationError, ConnectionFailed, MistralError, RequestTimeout
+from mistral_nb.runtime import is_loopback
+from mistral_nb.types import Chunk
+
+__all__ = ["Peer", "check_address", "patiently"]
+
+_LARGEST = 8 << 20
+_LABEL = "[A-Za-z0-9_-]{1,63}"
+_PATH = r"(/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?"
+_ADDRESS = re.compile(rf"https?://(\[[0-9A-Fa-f:.]+\]|{_LABEL}(\.{_LABEL})*)(:[0-9]{{1,5}})?{_PATH}")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Who is asked: a name for people, the base URL, and the token, which goes there alone."""
+
+    name: str
+    base_url: str
+    token: Secret | None = field(repr=False)
+    timeouts: Timeouts
+
+    @property
+    def direct(self) -> bool:
+        """Plain HTTP to this machine, which no proxy may see."""
+        parts = urlsplit(self.base_url)
+        return parts.scheme == "http" and is_loopback(parts.hostname or "")
+
+    def get(self, path: str, line: Line) -> tuple[int, Any]:
+        """The HTTP status and the JSON of the answer, None where it is no JSON.
+
+        Raises `ConnectionFailed`, `RequestTimeout` and `BackendError`, and `HungUp` once `line` is.
+        """
+        import httpx
+
+        limit = self.timeouts.first_token
+        line.within(limit, f"{self.name} did not answer within {limit:g} s. Try again, or raise first_token_timeout")
+        failure: MistralError
+        try:
+            with send(
+                "GET",
+                f"{self.base_url}{path}",
+                line=line,
+                token=self.token,
+                connect=self.timeouts.connect,
+                direct=self.direct,
+                headers={"Accept": "application/json", "User-Agent": f"mistral-nb/{__version__}"},
+            ) as response:
+                if response.has_redirect_location:
+                    where = urlsplit(response.headers["location"]).netloc or "another path"
+                    raise BackendError(
+                        f"{self.name} redirects to {where}, where the token is not sent. Set its address"
+                    )
+                return response.status_code, self._json(response)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            if line.hung_up:
+                raise HungUp from None
+            failure = self._broken(error, line)
+        raise failure
+
+    def _json(self, response: Any) -> Any:
+        data = bytearray()
+        for part in response.iter_bytes():
+            data += part
+            if len(data) > _LARGEST:
+                raise BackendError(
+                    f"{self.name} answers with more than {_LARGEST >> 20} MiB of JSON. Check its address"
+                )
+        try:
+            return json.loads(data)
+        except ValueError:
+            return None
+
+    def _broken(self, error: Exception, line: Line) -> MistralError:
+        if line.expired:
+            return RequestTimeout(line.expired)
+        detail, not_made = broken(self.name, error, self.timeouts.connect)
+        return not_made or ConnectionFailed(
+            f"{self.name} broke the connection before it answered ({detail}). Try again"
+        )
+
+
+def patiently(attempt: Callable[[], T], deadline: float, line: Line, emit: Emit) -> T:
+    """What `attempt` gives, tried again as an answer is: within `deadline` seconds, with a status while it waits."""
+    retries = Retries(deadline)
+    while True:
+        try:
+            return attempt()
+        except MistralError as error:
+            again = None if line.hung_up else retries.next(error)
+            if again is None:
+                raise
+        wait, status = again
+        line.release()
+        emit(Chunk(status=status))
+        if line.wait(wait):
+            raise HungUp
+
+
+def check_address(url: str, origin: str, *, token: bool = True) -> str:
+    """The host and port of a base URL. A token goes over https, or to this machine, only.
+
+    `ConfigurationError` names `origin`, where the address was set.
+    """
+    try:
+        parts = urlsplit(url)
+        whole = _ADDRESS.fullmatch(url) and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ConfigurationError(
+            f"{origin}: must be https://host[:port][/path] in ASCII, with no user name and no query"
+        )
+    if token and parts.scheme != "https" and not is_loopback(parts.hostname or ""):
+        raise ConfigurationError(
+            f"{origin} = {url!r}: the token goes over https, or to this machine, only; use an https:// address, or a "
+            "tunnel to a port of this machine"
+        )
+    return parts.netloc
