@@ -43,6 +43,8 @@ LAYERS = (
             "mistral_nb.engine",
             "mistral_nb.checkpoints",
             "mistral_nb.hardware",
+            "mistral_nb.functions",
+            "mistral_nb.python_signature",
             "mistral_nb_kernels",
             "mistral_nb.types",
             "mistral_nb.errors",
@@ -88,6 +90,7 @@ BESIDES = {
 # The same, but inside functions only, so that importing the module stays light.
 LAZY = {
     ("mistral_nb", "mistral_nb_magics"),
+    ("mistral_nb.engine.grammar", "llguidance"),
     ("mistral_nb.cli", "mistral_nb.engine"),
     ("mistral_nb.cli", "mistral_nb.server"),
     ("mistral_nb.cli", "mistral_nb_kernels"),
@@ -205,8 +208,9 @@ def fresh(code: str) -> dict[str, Any]:
 
 
 HEAVY = (
-    *("IPython", "anywidget", "gguf", "httpx", "huggingface_hub", "ipywidgets", "jinja2", "markdown_it", "numpy"),
-    *("pygments", "safetensors", "sentencepiece", "starlette", "tokenizers", "torch", "transformers", "uvicorn"),
+    *("IPython", "anywidget", "gguf", "httpx", "huggingface_hub", "ipywidgets", "jinja2", "llguidance"),
+    *("markdown_it", "numpy", "pygments", "safetensors", "sentencepiece", "starlette", "tokenizers", "torch"),
+    *("transformers", "uvicorn"),
 )
 
 
@@ -274,10 +278,12 @@ def readme() -> ModuleType:
 
 
 def test_no_file_is_too_long(readme: ModuleType) -> None:
+    """The README's tree, which is made by a program and has a line for each file, does not count."""
     lengths = {}
     for path in readme.files():
-        if path.endswith((".py", ".js", ".css", ".md")) or path in (".ci/run", "Makefile"):
+        if path.endswith((".py", ".js", ".css", ".md", ".html")) or path in (".ci/run", "Makefile"):
             lengths[path] = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    lengths["README.md"] -= len(readme.tree().splitlines())
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
 
 

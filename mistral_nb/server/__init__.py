@@ -1,7 +1,8 @@
-"""The engine process: one model behind the Workers AI wire on a loopback port."""
+"""The engine process: one model behind the Workers AI wire."""
 
 from __future__ import annotations
 
 from mistral_nb.server.lifecycle import ServeOptions, serve
+from mistral_nb.server.listening import Address, Tls
 
-__all__ = ["ServeOptions", "serve"]
+__all__ = ["Address", "ServeOptions", "Tls", "serve"]

@@ -1,25 +1,49 @@
-"""The Starlette application: who may call, which path leads where, and one envelope for every error."""
+"""The application: journal, door and gate around the routes, and one envelope for every error."""
 
 from __future__ import annotations
 
-import hmac
+from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from mistral_nb.errors import MistralError
+from mistral_nb.server.edge import OWN_SESSION, Door
+from mistral_nb.server.holder import Holder
+from mistral_nb.server.journal import Journal, Journalled
+from mistral_nb.server.limits import Gate, Limited
+from mistral_nb.server.playground import Playground, Sessions
 from mistral_nb.server.routes import Endpoints, on_disconnect, on_mistral_error, on_wire_error
 from mistral_nb.server.schemas import WireError
 
-__all__ = ["create_app"]
+__all__ = ["Site", "create_app"]
 
 
-def create_app(endpoints: Endpoints, token: str, log: str) -> ASGIApp:
-    """The application. Every request needs `Authorization: Bearer` with `token`; `log` is named in a 500."""
+@dataclass(frozen=True, slots=True)
+class Site:
+    """How one server meets the outside: its token, the hosts it answers to besides its address, and its places."""
+
+    token: str = field(repr=False)
+    names: tuple[str, ...]
+    max_requests: int
+    sessions: Sessions = field(default_factory=Sessions)
+
+
+def create_app(endpoints: Endpoints, holder: Holder, site: Site, model: str, log: str) -> ASGIApp:
+    """The application of `site`. The playground shows the name `model`; `log` is named in a 500."""
+    journal, gate = Journal(), Gate(site.max_requests)
+    playground = Playground(endpoints.run, gate, site.sessions, site.token, model)
+    health = Route("/health", _Health(holder, journal, gate).answer, methods=["GET"])
+    app = _routed([*endpoints.routes, health, *playground.routes], log)
+    return Journalled(Door(Limited(app, gate, _costs), site.token, site.names), journal)
+
+
+def _routed(routes: list[Route], log: str) -> ASGIApp:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -27,19 +51,15 @@ def create_app(endpoints: Endpoints, token: str, log: str) -> ASGIApp:
             known = WireError(405, 7001, f"{request.method} is not allowed for {request.url.path}")
         else:
             known = WireError(error.status_code, 7000, f"No route for {request.method} {request.url.path}")
-        return JSONResponse(known.body, status_code=known.status, headers=error.headers)
+        response = await on_wire_error(request, known)
+        response.headers.update(error.headers or {})
+        return response
 
     async def on_bug(request: Request, error: Exception) -> Response:
         return await on_wire_error(request, WireError(500, 3043, f"the engine failed inside; see its log {log}"))
 
-    run = "/client/v4/accounts/{account}/ai/run/{model:path}"
     app = Starlette(
-        routes=[
-            Route(run, _Handler(endpoints), methods=["POST"]),
-            Route("/engine/health", endpoints.health, methods=["GET"]),
-            Route("/engine/tokenize", endpoints.tokenize, methods=["POST"]),
-            Route("/engine/stop", endpoints.stop, methods=["POST"]),
-        ],
+        routes=routes,
         exception_handlers={
             HTTPException: on_http_exception,
             ClientDisconnect: on_disconnect,
@@ -49,42 +69,28 @@ def create_app(endpoints: Endpoints, token: str, log: str) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return _BearerAuth(app, token)
+    return app
 
 
-class _Handler:
-    """Starlette takes an instance as a plain ASGI application, which may send its answer piece by piece."""
-
-    def __init__(self, endpoints: Endpoints) -> None:
-        self._endpoints = endpoints
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._endpoints.run(scope, receive, send)
+def _costs(scope: Scope) -> bool:
+    """Whether a request may keep the model or the reader of a large body busy. The playground sees to its own."""
+    path = scope["path"]
+    return scope["method"] == "POST" and path != "/engine/stop" and not path.startswith(OWN_SESSION)
 
 
-class _BearerAuth:
-    """Lets only the holder of the token through: 10000 (401) for a wrong one, 6003 (400) for a malformed header."""
+class _Health:
+    """For whoever watches servers: 200 while requests are answered at once, else 503."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._token = token.encode()
+    def __init__(self, holder: Holder, journal: Journal, gate: Gate) -> None:
+        self._holder = holder
+        self._journal = journal
+        self._gate = gate
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            refusal = self._refusal(scope)
-            if refusal is not None:
-                response = JSONResponse(refusal.body, refusal.status, {"www-authenticate": "Bearer"})
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> WireError | None:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-        if given is None:
-            return WireError(401, 10000, "Authentication error: send the header Authorization: Bearer TOKEN")
-        scheme, _, credentials = given.partition(b" ")
-        if scheme.lower() != b"bearer" or not credentials.strip():
-            return WireError(400, 6003, "Invalid request headers: Authorization must read Bearer TOKEN")
-        if not hmac.compare_digest(credentials.strip(), self._token):
-            return WireError(401, 10000, "Authentication error: the token is not this engine's")
-        return None
+    async def answer(self, request: Request) -> Response:
+        """The state; with the token, which was checked, the counters too."""
+        holder = self._holder
+        told: dict[str, Any] = {"status": holder.state}
+        if "authorization" in request.headers:
+            told |= {"uptime_s": holder.uptime, "active": holder.requests, "waiting": self._gate.waiting}
+            told |= self._journal.counters()
+        return JSONResponse(told, 200 if holder.state == "ready" else 503, {"cache-control": "no-store"})

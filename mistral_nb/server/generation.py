@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mistral_nb.errors import InvalidRequest
+from mistral_nb.server.calls import CallScanner
 from mistral_nb.server.schemas import WireError
 from mistral_nb.types import GenerationRequest, Message, Usage
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the process listens before that
-    from mistral_nb.engine import Engine, Generation, Token
+    from mistral_nb.engine import Constraint, Engine, Generation, Token
     from mistral_nb.engine.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Model", "Piece", "Prompt", "StopScanner"]
@@ -43,25 +45,41 @@ class Model:
     engine: Engine
     tokenizer: Tokenizer
 
-    def encode(self, request: GenerationRequest) -> list[int]:
-        """The prompt's ids. In `raw`, the contents of `messages` follow each other with nothing in between."""
+    def encode(self, request: GenerationRequest, choice: str = "auto") -> list[int]:
+        """The prompt's ids. `choice` is for functions, as in `start`.
+
+        In `raw`, the contents of `messages` follow each other with nothing in between.
+        """
         if request.raw:
             if request.functions:
                 raise InvalidRequest("functions", len(request.functions), "needs the chat template; leave raw out")
             return self.tokenizer.encode_raw(_raw(request))
-        return self.tokenizer.encode_chat(_messages(request), request.functions)
+        return self.tokenizer.encode_chat(_messages(request), request.functions, choice)
 
-    def prompt(self, request: GenerationRequest) -> Prompt:
+    def prompt(self, request: GenerationRequest, choice: str = "auto") -> Prompt:
         """What `request` would give the model, without running it."""
-        ids = self.encode(request)
-        return Prompt(_raw(request) if request.raw else self.tokenizer.render_chat(_messages(request)), ids)
+        ids = self.encode(request, choice)
+        if request.raw:
+            return Prompt(_raw(request), ids)
+        return Prompt(self.tokenizer.render_chat(_messages(request), request.functions, choice), ids)
 
-    async def start(self, request: GenerationRequest) -> Answer:
-        """Queue `request`; on the event loop's thread. Raises `InvalidRequest` and `ContextOverflow`."""
-        ids = await asyncio.to_thread(self.encode, request)
-        answer = Answer(self.tokenizer, request.stop or ())
-        answer.run(self.engine, ids, request)
+    async def start(self, request: GenerationRequest, choice: str = "auto") -> Answer:
+        """Queue `request`; on the event loop's thread.
+
+        `choice` says what to do with the request's functions: `auto` leaves it to the model, `required` takes calls
+        only, a function's name one call of it, and `none` offers none. Raises `InvalidRequest`, `ContextOverflow`, and
+        `MissingDependency` where functions need a package that is not there.
+        """
+        ids, constraint = await asyncio.to_thread(self._prepare, request, choice)
+        answer = Answer(self.tokenizer, request.stop or (), functions=constraint is not None)
+        answer.run(self.engine, ids, request, constraint)
         return answer
+
+    def _prepare(self, request: GenerationRequest, choice: str) -> tuple[list[int], Constraint | None]:
+        ids = self.encode(request, choice)
+        if request.raw:
+            return ids, None
+        return ids, self.tokenizer.constraint(request.functions, choice, self.engine.info.vocab_size)
 
 
 def _raw(request: GenerationRequest) -> str:
@@ -76,27 +94,54 @@ class Answer:
     """One generation under way.
 
     The engine's thread puts tokens into an unbounded queue, so that a client which reads slowly holds up nobody; its
-    length is bounded by `max_tokens`.
+    length is bounded by `max_tokens`. With `functions`, calls are taken out of the text; `stops` end free text only.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, functions: bool = False) -> None:
         self._tokens: asyncio.Queue[Token] = asyncio.Queue()
         self._detokenizer = tokenizer.stream()
         self._scanner = StopScanner(stops)
+        self._call_scanner = CallScanner() if functions else None
+        self._calls: tuple[dict[str, Any], ...] = ()
         self._eos_ids = tokenizer.eos_ids
         self._generation: Generation | None = None
         self._read = 0
+        self.finish_reason: str | None = None
+        self.first_token_at: float | None = None
+        """When the engine had the first token, by the monotonic clock."""
 
-    def run(self, engine: Engine, ids: list[int], request: GenerationRequest) -> None:
+    def run(
+        self, engine: Engine, ids: list[int], request: GenerationRequest, constraint: Constraint | None = None
+    ) -> None:
         from mistral_nb.engine import Sampling
 
         loop = asyncio.get_running_loop()
 
         def deliver(token: Token) -> None:
+            self.first_token_at = self.first_token_at or time.monotonic()
             loop.call_soon_threadsafe(self._tokens.put_nowait, token)
 
         sampling = Sampling.from_request(request)
-        self._generation = engine.submit(ids, sampling, request.max_tokens, self._eos_ids, deliver)
+        self._generation = engine.submit(ids, sampling, request.max_tokens, self._eos_ids, deliver, constraint)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._generation.prompt_tokens if self._generation else 0
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the engine has computed, passed on or not."""
+        return self._generation.completion_tokens if self._generation else 0
+
+    @property
+    def sent(self) -> int:
+        """Tokens that were passed on."""
+        return self._read
+
+    async def settled(self) -> None:
+        """Wait until the engine is done with it, which it is a token after `cancel`. For when nobody reads any more."""
+        while self._generation is not None and self._generation.finish_reason is None:
+            await self._tokens.get()
 
     def cancel(self) -> None:
         """Stop before the next token."""
@@ -121,8 +166,9 @@ class Answer:
                 text += self._text(token)
                 reason = "stop" if self._scanner.hit else token.finish_reason
                 if reason == "stop" or reason == "length":
+                    self.finish_reason = end = "tool_calls" if self._calls else reason
                     self.cancel()
-                    yield Piece(text, reason, self._usage)
+                    yield Piece(text, end, self._usage, self._calls)
                     return
                 if reason is not None:
                     if text:
@@ -140,11 +186,17 @@ class Answer:
         text = ""
         if token.id is not None:
             self._read += 1
-            text = self._scanner.push(self._detokenizer.push(token.id))
+            text = self._free_text(self._detokenizer.push(token.id))
         if token.finish_reason and not self._scanner.hit:
-            text += self._scanner.push(self._detokenizer.flush())
+            text += self._free_text(self._detokenizer.flush())
+            if self._call_scanner is not None:
+                held, self._calls = self._call_scanner.finish()
+                text += self._scanner.push(held)
             text += self._scanner.flush()
         return text
+
+    def _free_text(self, text: str) -> str:
+        return self._scanner.push(text if self._call_scanner is None else self._call_scanner.push(text))
 
 
 class StopScanner:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from mistral_nb.errors import MistralError
 from mistral_nb.server.generation import Answer, Model
+from mistral_nb.server.journal import current
 from mistral_nb.server.schemas import WireError
 
 __all__ = ["Holder", "State"]
@@ -39,9 +40,16 @@ class Holder:
         self._loading: asyncio.Future[Model] | None = None
         self._settled = asyncio.Event()
         self._requests = 0
+        self._nobody = asyncio.Event()
+        self._nobody.set()
         self._answers: set[Answer] = set()
         self._stopping = ""
-        self.last_used = time.monotonic()
+        self.last_used = self._started = time.monotonic()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return round(time.monotonic() - self._started, 3)
 
     @property
     def requests(self) -> int:
@@ -85,6 +93,10 @@ class Holder:
         """Wait until the model is no longer loading."""
         await self._settled.wait()
 
+    async def nobody(self) -> None:
+        """Wait until no request is being answered or waits for the model."""
+        await self._nobody.wait()
+
     async def ready(self) -> Model:
         """The model, once it is loaded. `WireError` 3043 (503) when it cannot be, or when the process is stopping."""
         await self._settled.wait()
@@ -98,11 +110,14 @@ class Holder:
     def request(self) -> Iterator[None]:
         """Counts a request, from its arrival to its end."""
         self._requests += 1
+        self._nobody.clear()
         self.last_used = time.monotonic()
         try:
             yield
         finally:
             self._requests -= 1
+            if not self._requests:
+                self._nobody.set()
             self.last_used = time.monotonic()
 
     @contextmanager
@@ -110,17 +125,22 @@ class Holder:
         """Cancels `answer` at the end of the block, and tells its reader if the process stops before."""
         self.served += 1
         self._answers.add(answer)
+        current.get().answer = answer
         try:
             yield
         finally:
             self._answers.discard(answer)
             answer.cancel()
 
-    def stop(self, reason: str) -> None:
-        """Refuse what comes, and end what is under way with an error that gives the reason."""
+    def refuse(self, reason: str) -> None:
+        """Refuse what comes from now on, and let what is under way go on."""
         self._stopping = f"the engine was stopped ({reason}); run the request again to start it afresh"
         self.state = "stopping"
         self._settled.set()
+
+    def stop(self, reason: str) -> None:
+        """Refuse what comes, and end what is under way with an error that gives the reason."""
+        self.refuse(reason)
         for answer in self._answers:
             answer.abort(self._stopping)
 

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import logging
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mistral_nb import __version__, runtime
-from mistral_nb.config import AskedPrecision
+from mistral_nb.config import AskedPrecision, Secret
 from mistral_nb.errors import ConfigurationError, EngineStartError
 from mistral_nb.models import find_known
 from mistral_nb.progress import Progress
 from mistral_nb.runtime import EngineRecord
-from mistral_nb.server.app import create_app
+from mistral_nb.server import logs
+from mistral_nb.server.app import Site, create_app
 from mistral_nb.server.generation import Model
 from mistral_nb.server.holder import Holder
+from mistral_nb.server.limits import BoundedHttp
+from mistral_nb.server.listening import Address, Listeners, Tls, listen
 from mistral_nb.server.routes import Endpoints, Identity
 from mistral_nb.server.terminal import Terminal, how_to_call
 
@@ -41,7 +43,6 @@ FAILED_GRACE = 10.0
 _TICK = 0.25
 _RECORD_CHECK = 2.0
 _SHUTDOWN_GRACE = 3
-_MAX_LOG = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +50,24 @@ class ServeOptions:
     """What to serve, and how.
 
     `model` is a store name or an absolute path, `folder` its checkpoint; `context` in tokens, None for all that the
-    model has; `idle_timeout` in seconds, 0 for never; `managed` for a process that a notebook started: it writes to its
-    log only, and no terminal signal reaches it.
+    model has; `idle_timeout` in seconds, 0 for never; `grace`, in seconds, is for running answers to end in when the
+    process is told to stop by a signal; `managed` for a process that a notebook started: it writes to its log only, and
+    no terminal signal reaches it. `allow_hosts` are names to answer to besides the address, `token` the one to ask for
+    instead of a random one.
     """
 
     model: str
     folder: Path
     serve_as: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 0
+    address: Address = field(default_factory=Address)
+    allow_hosts: tuple[str, ...] = ()
+    token: Secret | None = None
+    max_requests: int = 64
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: AskedPrecision = "auto"
     context: int | None = None
     idle_timeout: float = 1800.0
+    grace: float = 0.0
     managed: bool = False
 
 
@@ -72,15 +78,15 @@ def serve(options: ServeOptions) -> int:
     when an engine of this model is running already.
     """
     log_file = runtime.log_path(options.model)
-    terminal = _configure_logging(log_file, options.managed)
-    with _listen(options.host, options.port) as listener:
-        record = _record(options, listener, log_file)
+    terminal = logs.configure(log_file, options.managed)
+    with listen(options.address, options.token) as listeners:
+        record = _record(options, listeners, log_file)
         with contextlib.nullcontext() if options.managed else runtime.start_lock(options.model):
             _refuse_second(options.model)
             runtime.write_record(record)
         process = EngineProcess(options, record, terminal)
         try:
-            asyncio.run(process.run(listener))
+            asyncio.run(process.run(listeners))
         finally:
             _forget(record)
     if process.holder.load_is_running:
@@ -101,31 +107,27 @@ class EngineProcess:
         aliases = (*known.aliases, known.hub_id) if known else ()
         self.identity = Identity(options.model, aliases, options.serve_as, record.log)
         self.holder = Holder(self._load, record.log)
-        app = create_app(Endpoints(self.holder, self.identity, self.stop), record.token, record.log)
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                http="h11",
-                ws="none",
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=_SHUTDOWN_GRACE,
-            )
-        )
-        self._stopping = False
+        if terminal is not None:
+            terminal.progress = self._progress
+        self._site = Site(record.token, (options.address.host, *options.allow_hosts), options.max_requests)
+        endpoints = Endpoints(self.holder, self.identity, self.stop)
+        app = create_app(endpoints, self.holder, self._site, options.model, record.log)
+        self._servers = [_Server(_config(app, None))]
+        if options.address.tls:
+            self._servers.append(_Server(_config(app, options.address.tls)))
+        self._stopping = self._ended = False
         self.exit_code = 0
 
-    async def run(self, listener: socket.socket) -> None:
+    async def run(self, listeners: Listeners) -> None:
         started = time.monotonic()
         log.info("engine process %d of %s: loading from %s", os.getpid(), self._options.model, self._options.folder)
         self.holder.begin()
-        tasks = [asyncio.create_task(self._announce(started)), asyncio.create_task(self._watch())]
+        tasks = [asyncio.create_task(self._announce(started, listeners)), asyncio.create_task(self._watch())]
+        sockets = [listeners.local, *([listeners.public] if listeners.public else [])]
         with _on_signals(self._options.managed, self._signalled):
             try:
-                await self._server.serve(sockets=[listener])
+                pairs = zip(self._servers, sockets, strict=True)
+                await asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in pairs))
             finally:
                 for task in tasks:
                     task.cancel()
@@ -133,20 +135,38 @@ class EngineProcess:
 
     def stop(self, reason: str) -> None:
         """End the process soon: running answers get an error, the record goes at once."""
-        if not self._stopping:
+        if not self._ended:
             log.info("stopping: %s", reason)
             self._end(reason)
 
     def _end(self, reason: str) -> None:
-        self._stopping = True
+        self._stopping = self._ended = True
         _forget(self._record)
         self.holder.stop(reason)
-        self._server.should_exit = True
+        for server in self._servers:
+            server.should_exit = True
 
     def _signalled(self, name: str) -> None:
-        if self._stopping:
-            self._server.force_exit = True
-        self.stop(f"signal {name}")
+        """The first signal leaves running answers their grace, the second ends them, the third all that is left."""
+        reason = f"signal {name}"
+        if self._ended:
+            for server in self._servers:
+                server.force_exit = True
+        elif self._stopping or not self._options.grace or not self.holder.requests:
+            self.stop(reason)
+        else:
+            self._stopping = True
+            _forget(self._record)
+            self.holder.refuse(reason)
+            self._draining = asyncio.create_task(self._drain(reason))
+
+    async def _drain(self, reason: str) -> None:
+        left, grace = self.holder.requests, self._options.grace
+        log.info("%s: up to %g s for %d running request(s); once more ends them now", reason, grace, left)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self.holder.nobody()
+        self.stop(reason)
 
     def _load(self) -> Model:
         from mistral_nb.engine import Engine
@@ -163,7 +183,7 @@ class EngineProcess:
         )
         return Model(engine, tokenizer)
 
-    async def _announce(self, started: float) -> None:
+    async def _announce(self, started: float, listeners: Listeners) -> None:
         """Say in the log, and on a terminal, that the model is there."""
         await self._show_loading()
         model = self.holder.model
@@ -177,14 +197,20 @@ class EngineProcess:
         what = f"{self._options.model} on {info.device} ({info.precision}, context {info.context} tokens)"
         log.info("ready after %.1f s: %s", seconds, what)
         if not self._options.managed:
-            print(how_to_call(self._record, self._options.idle_timeout), flush=True)
+            public = listeners.public.getsockname()[1] if listeners.public else None
+            link = f"{self._record.base_url}/?login={self._site.sessions.invite()}"
+            print(how_to_call(self._record, self._options.idle_timeout, link, public), flush=True)
+
+    def _progress(self) -> Progress | None:
+        loaded, to_load = self.holder.loaded, self.holder.to_load
+        return Progress("Loading the model", loaded, to_load) if to_load else None
 
     async def _show_loading(self) -> None:
         """Until it is settled how loading ends."""
         settled = asyncio.ensure_future(self.holder.settled())
         while not settled.done():
-            if self._terminal is not None and self.holder.to_load:
-                self._terminal.show(Progress("Loading the model", self.holder.loaded, self.holder.to_load))
+            if self._terminal is not None:
+                self._terminal.show()
             await asyncio.wait((settled,), timeout=_TICK)
 
     async def _watch(self) -> None:
@@ -215,6 +241,22 @@ class EngineProcess:
             self.stop(f"no request for {self._options.idle_timeout:g} s")
 
 
+def _config(app: ASGIApp, tls: Tls | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http=BoundedHttp,
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_SHUTDOWN_GRACE,
+        ssl_certfile=tls.certificate if tls else None,
+        ssl_keyfile=tls.key if tls else None,
+    )
+
+
 class _Server(uvicorn.Server):
     """Leaves the signals to `_on_signals`: uvicorn raises them again at its end, before the record could be removed."""
 
@@ -241,35 +283,12 @@ def _on_signals(managed: bool, act: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket on a loopback address. `ConfigurationError` for any other, and for a port that is taken."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigurationError(
-            f"--host {host}: no such address ({error.strerror or error}); leave it out, or give 127.0.0.1 or ::1"
-        ) from error
-    where = str(address[0])
-    if not runtime.is_loopback(where):
-        raise ConfigurationError(
-            f"--host {host}: an engine listens on loopback only (127.0.0.1 or ::1), since its token is sent in the "
-            "clear. To reach it from another machine, run there: ssh -L 8000:127.0.0.1:PORT THIS-MACHINE"
-        )
-    try:
-        return socket.create_server((where, port), family=family)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {host} port {port} ({error.strerror or error}); "
-            "choose another --port, or 0 for a free one"
-        ) from error
-
-
-def _record(options: ServeOptions, listener: socket.socket, log_file: Path) -> EngineRecord:
-    host, port = listener.getsockname()[:2]
+def _record(options: ServeOptions, listeners: Listeners, log_file: Path) -> EngineRecord:
+    host, port = listeners.local.getsockname()[:2]
     return EngineRecord(
         pid=os.getpid(),
         port=port,
-        token=secrets.token_urlsafe(32),
+        token=options.token.reveal() if options.token else secrets.token_urlsafe(32),
         model=options.model,
         version=__version__,
         protocol=runtime.PROTOCOL,
@@ -301,27 +320,3 @@ def _refuse_second(model: str) -> None:
             f"an engine of {model} is running already (process {other.pid}, {other.base_url}); "
             f"use that one, or end it first with: mistral-nb stop {model}"
         )
-
-
-def _configure_logging(file: Path, managed: bool) -> Terminal | None:
-    """Our own log and everybody's warnings go to `file`; prompts and tokens are never logged.
-
-    A managed process has nothing else: its standard streams, and the traces of a crash in native code, go there too.
-    In the foreground the terminal, which is returned, shows the same lines.
-    """
-    if file.stat().st_size > _MAX_LOG:
-        file.replace(file.with_suffix(".log.old"))
-    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handlers: list[logging.Handler] = [handler]
-    terminal = None if managed else Terminal()
-    if terminal is not None:
-        handlers.append(terminal)
-    else:
-        assert handler.stream is not None
-        for standard in (1, 2):
-            os.dup2(handler.stream.fileno(), standard)
-    logging.basicConfig(level=logging.WARNING, handlers=handlers)
-    logging.getLogger("mistral_nb").setLevel(logging.INFO)
-    faulthandler.enable()
-    return terminal

@@ -1,22 +1,26 @@
-"""Bodies of the wire: what a request must look like, and the envelopes and frames that answer it."""
+"""Bodies of the Workers AI wire: what a request must look like, and the envelopes, frames and errors that answer it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mistral_nb.errors import ContextOverflow, InvalidRequest, MistralError
-from mistral_nb.types import GenerationRequest, Usage
+from mistral_nb.types import GenerationRequest
+
+if TYPE_CHECKING:  # generation.py imports the errors of this module
+    from mistral_nb.server.generation import Piece
 
 __all__ = [
     "DONE",
     "MAX_BODY",
+    "Shape",
     "WireError",
-    "end_frame",
+    "WorkersShape",
     "envelope",
-    "error_frame",
+    "event",
+    "parse_json",
     "parse_request",
-    "text_frame",
     "wire_error",
 ]
 
@@ -27,12 +31,13 @@ DONE = b"data: [DONE]\n\n"
 
 
 class WireError(Exception):
-    """An answer other than success: HTTP `status`, the wire's own `code`, and a message for the user."""
+    """An answer other than success: HTTP `status`, the wire's own `code`, a message for the user, and the field."""
 
-    def __init__(self, status: int, code: int, message: str) -> None:
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())
+    def __init__(self, status: int, code: int, message: str, field: str | None = None) -> None:
+        super().__init__(_encodable(message))
         self.status = status
         self.code = code
+        self.field = field and _encodable(field)
 
     @property
     def errors(self) -> list[dict[str, Any]]:
@@ -43,32 +48,83 @@ class WireError(Exception):
         return {"errors": self.errors, "success": False, "result": {}, "messages": []}
 
 
+def _encodable(text: str) -> str:
+    """`text` with any half of a surrogate pair written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def wire_error(error: MistralError) -> WireError:
     """How the wire says `error`: 5021 for a prompt over the context, 5006 for a bad field, else 3043 (503)."""
     match error:
         case ContextOverflow():
-            return WireError(413, 5021, str(error))
+            return WireError(413, 5021, str(error), error.field)
         case InvalidRequest():
-            return WireError(400, 5006, str(error))
+            return WireError(400, 5006, str(error), error.field)
     return WireError(503, 3043, str(error))
+
+
+class Shape(Protocol):
+    """How one interface writes an answer: whole, or as the frames of an event stream."""
+
+    def whole(self, text: str, last: Piece) -> dict[str, Any]:
+        """The body that is not streamed; `last` has usage, finish reason and calls."""
+
+    def begin(self) -> bytes:
+        """The frames before the first piece."""
+
+    def frames(self, piece: Piece) -> bytes:
+        """The frames of a piece, with the end mark after the last."""
+
+    def failure(self, error: WireError) -> bytes:
+        """The last frame of a stream that failed; no end mark follows."""
+
+
+class WorkersShape:
+    """Cloudflare's: an envelope, or frames with `response`."""
+
+    def whole(self, text: str, last: Piece) -> dict[str, Any]:
+        return envelope({"response": text, **_end(last)})
+
+    def begin(self) -> bytes:
+        return b""
+
+    def frames(self, piece: Piece) -> bytes:
+        frames = event({"response": piece.text}) if piece.text else b""
+        return frames + event({"response": "", **_end(piece)}) + DONE if piece.finish_reason else frames
+
+    def failure(self, error: WireError) -> bytes:
+        return event({"errors": error.errors, "success": False})
+
+
+def _end(last: Piece) -> dict[str, Any]:
+    assert last.usage is not None
+    calls = {"tool_calls": list(last.tool_calls)} if last.tool_calls else {}
+    return {**calls, "usage": last.usage.to_dict(), "finish_reason": last.finish_reason}
+
+
+def envelope(result: Any) -> dict[str, Any]:
+    """The body of a success."""
+    return {"result": result, "success": True, "errors": [], "messages": []}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def parse_request(body: bytes) -> GenerationRequest:
     """The request in a JSON body, whatever its content type. `stream` is false where the body does not say.
 
-    Raises `WireError` 5006 for what is not JSON, with its position, and 5005 for a LoRA adapter; `InvalidRequest` for
-    a field that is wrong.
+    Raises `WireError` 5006 for what is not JSON, with its position; `InvalidRequest` for a field that is wrong.
     """
-    data = _json(body)
+    data = parse_json(body)
     if isinstance(data, dict):
         data = {"stream": False, **data}
-    request = GenerationRequest.from_dict(data)
-    if request.lora is not None or request.lora_scale is not None:
-        raise WireError(405, 5005, "this engine applies no LoRA adapters; leave out lora and lora_scale")
-    return request
+    return GenerationRequest.from_dict(data)
 
 
-def _json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
+    """The JSON in a body; `WireError` 5006 says where it is none."""
     try:
         return json.loads(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -80,27 +136,3 @@ def _json(body: bytes) -> Any:
         raise WireError(400, 5006, f"the body holds a number with too many digits ({error})") from error
     except RecursionError as error:
         raise WireError(400, 5006, "the body is nested too deeply; send a flat JSON object") from error
-
-
-def envelope(text: str, usage: Usage, finish_reason: str) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
-    result = {"response": text, "usage": usage.to_dict(), "finish_reason": finish_reason}
-    return {"result": result, "success": True, "errors": [], "messages": []}
-
-
-def text_frame(text: str) -> bytes:
-    return _frame({"response": text})
-
-
-def end_frame(usage: Usage, finish_reason: str) -> bytes:
-    """The last frame before `[DONE]`."""
-    return _frame({"response": "", "usage": usage.to_dict(), "finish_reason": finish_reason})
-
-
-def error_frame(error: WireError) -> bytes:
-    """The last frame of a stream that failed; no `[DONE]` follows."""
-    return _frame({"errors": error.errors, "success": False})
-
-
-def _frame(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -29,8 +29,12 @@ def engines(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def engine(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineUnderTest]:
-    """The one engine that most tests share."""
-    engines = Engines(tmp_path_factory.mktemp("shared-engine"))
+    """The one engine that most tests share. Its models are the store's; its adapters are its own."""
+    folder = tmp_path_factory.mktemp("shared-engine")
+    engines = Engines(folder)
+    (folder / "home").mkdir()
+    (folder / "home" / "models").symlink_to(models.store_path(), target_is_directory=True)
+    engines.env["MISTRAL_NB_HOME"] = str(folder / "home")
     try:
         shared = engines.start("--serve-as", STAND_IN, "--managed", "--idle-timeout", "600")
         shared.ready()

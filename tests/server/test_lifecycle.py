@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from mistral_nb import runtime
@@ -88,7 +89,7 @@ def test_in_the_foreground_a_model_that_cannot_be_loaded_ends_it_at_once(engines
 
 
 def test_in_the_foreground(engines: Engines) -> None:
-    """Requests wait for the model or go away; the terminal shows how to call it; Ctrl+C ends it."""
+    """Requests wait for the model or go away; the terminal shows how to call it; Ctrl+C ends it, the second at once."""
     engine = engines.start()
     assert engine.health()["state"] == "loading"
     body = json.dumps(SHORT).encode()
@@ -101,10 +102,14 @@ def test_in_the_foreground(engines: Engines) -> None:
     assert engine.post(SHORT).json()["success"], "a request that came early waits"
     assert engine.health()["state"] == "ready"
 
-    eventually(lambda: len(engine.printed) == 5, "the terminal shows how to call it")
+    eventually(lambda: len(engine.printed) == 6, "the terminal shows how to call it")
     shown = "".join(engine.printed)
     assert engine.record.token not in shown
     assert engine.record.log in shown
+    link = next(word for word in engine.printed[4].split() if word.startswith(engine.record.base_url))
+    logins = [httpx.get(link, trust_env=False) for _ in range(2)]
+    assert [(login.status_code, "set-cookie" in login.headers) for login in logins] == [(303, True), (303, False)]
+    assert link.rpartition("=")[2] not in engine.log()
     if shutil.which("curl"):
         script = "".join(engine.printed[1:4]).replace('"stream"', '"max_tokens": 4, "stream"')
         said = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout
@@ -126,11 +131,32 @@ def test_in_the_foreground(engines: Engines) -> None:
         lines = response.iter_lines()
         next(lines)
         engine.process.send_signal(signal.SIGINT)
+        eventually(lambda: engine.health()["state"] == "stopping", "the signal has arrived")
+        assert next(line for line in lines if line).startswith('data: {"response"'), "the answer goes on"
+        assert runtime.read_record(MODEL) is None, "nobody finds a process that is about to end"
+        engine.process.send_signal(signal.SIGINT)
         *_, last = (line for line in lines if line)
     (error,) = json.loads(last.removeprefix("data: "))["errors"]
     assert error["code"] == 3043
     assert "stopped (signal SIGINT)" in error["message"]
     assert_ended(engine, 0, "stopping: signal SIGINT")
+
+
+@pytest.mark.parametrize("grace", ["30", "0.5"])
+def test_a_signal_leaves_running_answers_a_grace(engines: Engines, grace: str) -> None:
+    """New requests are refused meanwhile."""
+    engine = engines.start("--grace", grace)
+    with engine.client.stream("POST", run_path(), json={**LONG, "max_tokens": 90 if grace == "30" else 4000}) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        engine.process.terminate()
+        eventually(lambda: engine.health()["state"] == "stopping", "the signal has arrived")
+        refused = engine.post(SHORT)
+        assert (refused.status_code, refused.json()["errors"][0]["code"]) == (503, 3043)
+        *_, last = lines
+    assert (last == "data: [DONE]") == (grace == "30")
+    assert "stopped (signal SIGTERM)" in last or grace == "30"
+    assert_ended(engine, 0, "stopping: signal SIGTERM")
 
 
 def test_stop_by_request(engines: Engines) -> None:
@@ -237,8 +263,6 @@ def test_of_two_that_were_started_at_once_one_gives_way_while_it_loads(engines: 
     [
         (["--port", "{port}"], "choose another --port"),
         (["--host", "no-such-host.invalid"], "--host no-such-host.invalid: no such address"),
-        (["--host", "0.0.0.0"], "ssh -L"),
-        (["--host", "::"], "loopback"),
     ],
 )
 def test_an_address_that_cannot_be_used(

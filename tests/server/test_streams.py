@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +74,65 @@ def test_a_client_that_goes_away_ends_its_generation(engine: EngineUnderTest, st
         eventually(lambda: engine.health()["active"] == 1, "the request has arrived")
         assert seconds_to_idle(engine, connection) < BOUND
     assert engine.post(SHORT).status_code == 200
+
+
+def test_a_hundred_clients_that_go_away_each_end_their_generation_within_a_token(engine: EngineUnderTest) -> None:
+    """Counted in the server: what had been generated when it saw the client leave, and what was in the end."""
+    engine.post(SHORT)  # what was cancelled before is over by its end
+    before = engine.client.get("/health").json()["cancelled"]
+    body = json.dumps(LONG).encode()
+    head = f"POST {run_path()} HTTP/1.1\nContent-Length: {len(body)}"
+    ends = []
+    for n in range(100):
+        connection = engine.raw(f"{head}\nX-Request-Id: leaves-{n}", body)
+        read_until(connection, b"data: ")
+        connection.close()
+        ends.append(last_cancelled(engine, f"leaves-{n}"))
+    late = [end for end in ends if end["tokens_generated"] - end["tokens_when_seen"] > 1]
+    assert late == []
+    assert all(1 <= end["tokens_sent"] <= end["tokens_generated"] < 100 for end in ends), ends
+    health = engine.client.get("/health").json()
+    assert (health["active"], health["cancelled"] - before) == (0, 100)
+
+
+def last_cancelled(engine: EngineUnderTest, request_id: str) -> dict[str, Any]:
+    """What the server says of a request whose client has left, once the engine is done with it."""
+    found: list[dict[str, Any]] = []
+
+    def known() -> bool:
+        last = engine.client.get("/health").json()["last_cancelled"]
+        found[:] = [last] if last and last["request_id"] == request_id else []
+        return bool(found)
+
+    eventually(known, f"{request_id} is over")
+    return found[0]
+
+
+def test_thirty_two_clients_at_once_for_a_while(engine: EngineUnderTest) -> None:
+    """Every answer is whole, no place stays taken, and the process does not grow."""
+    engine.idle()
+    statm = Path(f"/proc/{engine.record.pid}/statm")
+    if not statm.exists():
+        pytest.skip("reads the memory in use from /proc")
+    until = time.monotonic() + 12
+    used: list[tuple[float, int]] = []
+
+    def ask_on(n: int) -> list[str]:
+        ends = []
+        while time.monotonic() < until:
+            ends.append(engine.post({**SHORT, "seed": n + 1, "stream": True}).text[-14:])
+            used.append((time.monotonic(), int(statm.read_text().split()[1]) * mmap.PAGESIZE))
+        return ends
+
+    with ThreadPoolExecutor(32) as pool:
+        ends = [end for ends in pool.map(ask_on, range(32)) for end in ends]
+    assert len(ends) >= 64
+    assert set(ends) == {"data: [DONE]\n\n"}
+    early = max(size for at, size in used if at < until - 6)
+    late = max(size for at, size in used if at >= until - 6)
+    assert late - early < 20_000_000, f"it grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB"
+    health = engine.client.get("/health").json()
+    assert (health["active"], health["waiting"]) == (0, 0)
 
 
 def test_a_stream_closed_by_httpx_ends_too(engine: EngineUnderTest) -> None:

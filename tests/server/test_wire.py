@@ -10,6 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from mistral_nb.server.generation import Piece
+from mistral_nb.server.schemas import WorkersShape
+from mistral_nb.types import Usage
 from tests.server.engines import DEADLINE, MODEL, STAND_IN, EngineUnderTest, frames, run_path, text_of
 
 PROMPT = "Write one sentence about the sea."
@@ -112,6 +115,17 @@ def test_text_that_only_begins_like_a_stop_text_is_not_lost(engine: EngineUnderT
     assert text_of(engine.post({**GREEDY, "stop": [almost], "stream": True})) == text
 
 
+def test_calls_stand_beside_the_text() -> None:
+    shape, calls = WorkersShape(), ({"name": "f", "arguments": {"a": "ü"}},)
+    last = Piece("", "tool_calls", Usage(3, 4), calls)
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    end = {"response": "", "tool_calls": list(calls), "usage": usage, "finish_reason": "tool_calls"}
+    assert shape.whole("", last)["result"] == end
+    frame, done, _ = shape.frames(last).decode().split("\n\n")
+    assert json.loads(frame.removeprefix("data: ")) == end
+    assert done == "data: [DONE]"
+
+
 # Names
 
 
@@ -145,7 +159,7 @@ def test_a_model_that_it_does_not_hold(engine: EngineUnderTest, name: str) -> No
 @pytest.mark.parametrize(
     ("method", "path", "expected"),
     [
-        ("GET", "/", (404, 7000)),
+        ("GET", "/nothing", (404, 7000)),
         ("POST", "/client/v4/accounts/local/ai/run", (404, 7000)),
         ("POST", "/client/v4/accounts/ai/run/" + MODEL, (404, 7000)),
         ("POST", "/engine/health/", (404, 7000)),
@@ -244,18 +258,21 @@ def test_a_body_that_is_wrong_says_where(engine: EngineUnderTest, body: bytes, e
     assert expected in message
 
 
-@pytest.mark.parametrize("extra", [{"lora": "my-adapter"}, {"lora_scale": 0.5}, {"lora": "a", "lora_scale": 1}])
-def test_an_adapter_is_refused_not_dropped(engine: EngineUnderTest, extra: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"lora": "my-adapter"}, (404, 3037)),
+        ({"lora": "00000000-0000-0000-0000-000000000", "raw": "true"}, (404, 3037)),
+        ({"lora": "../../etc", "lora_scale": 1, "stream": True}, (404, 3037)),
+        ({"lora_scale": 0.5}, (405, 5005)),
+    ],
+)
+def test_an_adapter_is_refused_not_dropped(
+    engine: EngineUnderTest, extra: dict[str, Any], expected: tuple[int, int]
+) -> None:
     status, code, message = error_of(engine.post({**GREEDY, **extra}))
-    assert (status, code) == (405, 5005)
-    assert "LoRA" in message
-
-
-def test_functions_are_refused_by_a_template_without_them(engine: EngineUnderTest) -> None:
-    body = {**GREEDY, "functions": [{"name": "f", "code": "raise SystemExit"}]}
-    status, code, message = error_of(engine.post(body))
-    assert (status, code) == (400, 5006)
-    assert "functions" in message
+    assert (status, code) == expected
+    assert repr(extra["lora"]) in message if "lora" in extra else "LoRA" in message
 
 
 def test_a_prompt_over_the_context(engine: EngineUnderTest) -> None:
@@ -365,10 +382,10 @@ def test_tokenize_counts_what_is_over_the_context(engine: EngineUnderTest) -> No
     assert answer["count"] > answer["context"] == 8192
 
 
-@pytest.mark.parametrize("extra", [{"temperature": 9}, {"functions": [{"name": "f", "code": "1"}]}])
+@pytest.mark.parametrize("extra", [{"temperature": 9}, {"functions": [{"name": "a b", "code": "1"}]}, {"lora": "x"}])
 def test_tokenize_refuses_what_a_run_refuses(engine: EngineUnderTest, extra: dict[str, Any]) -> None:
     refused = error_of(engine.client.post("/engine/tokenize", json={"prompt": PROMPT, **extra}))
-    assert refused[:2] == (400, 5006)
+    assert refused[:2] == ((404, 3037) if "lora" in extra else (400, 5006))
     assert refused == error_of(engine.post({"prompt": PROMPT, **extra}))
 
 

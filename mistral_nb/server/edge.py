@@ -1,0 +1,102 @@
+"""Who may come in: the Host and Origin that a browser names, and the bearer token."""
+
+from __future__ import annotations
+
+import hmac
+import shlex
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mistral_nb.runtime import is_loopback
+from mistral_nb.server.answering import error_response
+from mistral_nb.server.schemas import WireError
+
+__all__ = ["OWN_SESSION", "Door", "header", "host_of", "refuse"]
+
+OPEN = ("/", "/health")
+"""Paths that need no token: the playground's page, and the one word that tells whether this server is ready."""
+
+OWN_SESSION = "/playground/"
+"""Below this the playground asks for a session of its own."""
+
+
+class Door:
+    """Lets through what names this very server as its host, comes from no other site, and has the token.
+
+    A browser that is made to believe that a foreign name is this address (DNS rebinding) still sends that name: 421. A
+    page of another site is told by its Origin: 403. Without `Authorization` 10000 (401), as for a wrong token; 6003
+    (400) for a malformed header. No response allows another site to read it. `names` are hosts to answer to besides
+    the address that a connection came in on and, there, the loopback ones.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, names: Iterable[str]) -> None:
+        self._app = app
+        self._token = token.encode()
+        self._names = frozenset(host_of(name) or name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            headers = {"www-authenticate": "Bearer"} if refusal.status in (400, 401) else {}
+            await refuse(refusal, scope, receive, send, headers)
+
+    def _refusal(self, scope: Scope) -> WireError | None:
+        host = header(scope, b"host") or ""
+        if not self._is_ours(host, scope):
+            name = shlex.quote(host_of(host) or "NAME")
+            return WireError(
+                421, 7000, f"No server of the name {host!r} here; to be one, start with --allow-host {name}"
+            )
+        origin = header(scope, b"origin")
+        if origin is not None and origin.lower() != f"{scope['scheme']}://{host.lower()}":
+            return WireError(
+                403, 10000, f"Requests from pages of {origin!r} are not answered; send them from elsewhere"
+            )
+        path = scope["path"]
+        given = header(scope, b"authorization")
+        if given is None and (path in OPEN or path.startswith(OWN_SESSION)):
+            return None
+        return self._unknown(given)
+
+    def _is_ours(self, host: str, scope: Scope) -> bool:
+        name = host_of(host)
+        here = scope["server"][0]
+        return name in self._names or name == here.lower() or (is_loopback(here) and is_loopback(name))
+
+    def _unknown(self, given: str | None) -> WireError | None:
+        if given is None:
+            return WireError(401, 10000, "Authentication error: send the header Authorization: Bearer TOKEN")
+        scheme, _, credentials = given.partition(" ")
+        if scheme.lower() != "bearer" or not credentials.strip():
+            return WireError(400, 6003, "Invalid request headers: Authorization must read Bearer TOKEN")
+        if not hmac.compare_digest(credentials.strip().encode("latin-1"), self._token):
+            return WireError(401, 10000, "Authentication error: the token is not this engine's")
+        return None
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a request's header, the first where there are several."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def host_of(authority: str) -> str:
+    """The name or address in a Host header, without port and brackets; empty for what is none."""
+    try:
+        parts = urlsplit(f"//{authority}")
+        more = parts.path or parts.query or parts.fragment or "@" in authority
+        return "" if more or parts.port == 0 else parts.hostname or ""
+    except ValueError:
+        return ""
+
+
+async def refuse(
+    error: WireError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None
+) -> None:
+    """Answer with an error in the interface's own shape."""
+    response = error_response(scope["path"], error)
+    response.headers.update(headers or {})
+    await response(scope, receive, send)
