@@ -67,12 +67,13 @@ def tools_of(functions: Sequence[Function]) -> tuple[Tool, ...]:
 def parse_calls(text: str) -> tuple[dict[str, Any], ...] | None:
     """The calls in a text that is a JSON list of `{"name", "arguments"}` and nothing else; None for any other text.
 
-    A number that JSON cannot say again (over 4300 digits, or beyond a double) makes it another text; half of a
-    surrogate pair becomes U+FFFD.
+    A number that JSON cannot say again (over 4300 digits, or beyond a double) makes it another text, and so does an
+    object with the same key twice, however it is spelled; half of a surrogate pair becomes U+FFFD.
     """
     try:
-        calls = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        calls = json.loads(_SURROGATE.sub("\ufffd", json.dumps(calls, ensure_ascii=False)))
+        calls = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_distinct)
+        whole = _SURROGATE.sub("\ufffd", json.dumps(calls, ensure_ascii=False))
+        calls = json.loads(whole, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         return None
     if not isinstance(calls, list) or not calls:
@@ -152,3 +153,10 @@ def _finite(number: str) -> float:
     if value in (float("inf"), float("-inf")) or value != value:
         raise ValueError(f"{number} is no number that JSON has")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,10 @@ def test_names() -> None:
         '[{"name": "f", "arguments": {"a": NaN}}]',
         '[{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}]",
         '[{"name": "f", "arguments": {"a": ' + "[" * 100_000,
+        '[{"name": "f", "arguments": {"a": 1, "a": 2}}]',
+        '[{"name": "f", "arguments": {"a": 1, "\\u0061": "x"}}]',
+        '[{"name": "f", "arguments": {"a": {"\\ud800": 1, "\\udfff": 2}}}]',
+        '[{"name": "f", "name": "g", "arguments": {}}]',
     ],
 )
 def test_a_text_that_is_no_list_of_calls(text: str) -> None:
@@ -235,6 +241,21 @@ def test_a_list_of_calls() -> None:
         {"arguments": {"a": [1, 2.5, {"b": "\U0001f600 \ufffd"}]}, "name": "f"},
         {"name": "g", "arguments": {}},
     )
+
+
+def test_reading_from_several_threads_leaves_the_filters_of_warnings() -> None:
+    """They are the process's: two readers at once would each put back what the other had set."""
+    code = 'def f(a: "int"):\n    "\\d"\n'
+    filters, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(20):
+                found = list(threads.map(tool, [code] * 200))
+                assert list(warnings.filters) == filters
+                assert {item.description for item in found} == {"\\d"}
+    finally:
+        sys.setswitchinterval(interval)
 
 
 AUDITED = """

@@ -79,7 +79,7 @@ def _push(options: Namespace, settings: Settings, work: Work) -> None:
     def job(say: Say) -> str:
         says.append(say)
         try:
-            return pushed(task.run(), task.untried)
+            return pushed(task.run(), task.untried, task.doubt)
         finally:
             ended.set()
 

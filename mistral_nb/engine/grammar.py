@@ -7,6 +7,11 @@ The answer is free text, or a JSON list of calls whose arguments follow the func
 Text that has come as far as `[{"name":` is a list of calls, and goes on as one; white space may stand where JSON
 allows it, 16 characters at most. A model with a token of its own for calls writes it before the list. The work is
 llguidance's: an automaton for text, an Earley parser for the schemas, a bit for each token of the vocabulary.
+
+What schemas leave open, a second automaton narrows to what `parse_calls` reads: numbers that a double holds (308
+digits; 200 before an exponent, which has two), and no escapes of characters that can stand as they are, by which a
+property could be named again apart from its own schema. Only a key said twice where a schema leaves keys free, and
+a value nested too deeply where it leaves values free, are left to `parse_calls` to refuse.
 """
 
 from __future__ import annotations
@@ -35,40 +40,58 @@ MAX_CALLS = 8
 
 _GAP = r"[ \t\r\n]{0,16}"
 _ANY_GAP = r"[ \t\r\n]*"
+_TEXT = rf"""TEXT: /(.|\n)*/ & ~/{_ANY_GAP}\[{_ANY_GAP}\{{{_ANY_GAP}"name"{_ANY_GAP}:(.|\n)*/"""
 _GRAMMAR = rf"""
 start: START
 calls: HEAD call MORE "]"
-TEXT: /(.|\n)*/ & ~/{_ANY_GAP}\[{_ANY_GAP}\{{{_ANY_GAP}"name"{_ANY_GAP}:(.|\n)*/
+{_TEXT}
 HEAD: /{_GAP}\[{_GAP}\{{{_GAP}"name"{_GAP}:{_GAP}/
 ARGUMENTS: /{_GAP},{_GAP}"arguments"{_GAP}:{_GAP}/
 CLOSE: /{_GAP}\}}{_GAP}/
 NEXT: /,{_GAP}\{{{_GAP}"name"{_GAP}:{_GAP}/
 call: CALL
 """
+_READABLE = rf"""
+start: START
+calls: CALLS
+{_TEXT}
+CALLS: (MARK | VALUE MARK)*
+MARK: /[ \t\r\n\[\]{{}},:]/
+VALUE: STRING | NUMBER | /true|false|null/
+STRING: /"([^"\\]|\\["\\bfnrt]|\\u00([01][0-9a-f]|7f))*"/
+NUMBER: /-?[0-9]{{1,308}}(\.[0-9]{{1,308}})?/ | /-?[0-9]{{1,200}}(\.[0-9]{{1,308}})?[eE][+-]?[0-9]{{1,2}}/
+"""
 _SENTINEL = "\u263a"
 
 
 class Constraint:
-    """Follows one answer. Used from one thread at a time."""
+    """Follows one answer, which every one of `matchers` allows. Used from one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, matchers: Sequence[LLMatcher], vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self._matchers = matchers
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
 
     def allowed(self) -> Tensor:
-        """Which tokens may come next, bool [vocab] on the CPU. `EngineError` when that takes too much work to tell."""
-        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        """Which tokens may come next, bool [vocab] on the CPU.
+
+        `EngineError` when that takes too much work to tell, and when none may.
+        """
+        packed = np.bitwise_and.reduce([np.frombuffer(one.compute_bitmask(), np.uint8) for one in self._matchers])
         bits = np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(bool)
-        if self._matcher.is_error():
-            raise EngineError(f"{_summary(self._matcher.get_error())}; give the functions simpler schemas")
+        for matcher in self._matchers:
+            if matcher.is_error():
+                raise EngineError(f"{_summary(matcher.get_error())}; give the functions simpler schemas")
+        if not bits.any():
+            raise EngineError("no token fits the schemas; give the functions some without numbers of over 300 digits")
         bits[self._eos_ids] = bits[self._eos_ids[0]]
         return torch.from_numpy(bits)
 
     def take(self, token: int) -> None:
         """The answer goes on with `token`, which was allowed."""
         if token not in self._eos_ids:
-            self._matcher.consume_token(token)
+            for matcher in self._matchers:
+                matcher.consume_token(token)
 
 
 class Grammars:
@@ -94,10 +117,12 @@ class Grammars:
         """For one answer. `InvalidRequest` names the function whose schema no grammar can be made of."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokenizer, _grammar(offer, self._call_token), log_level=0)
-        if matcher.is_error():
-            raise _refusal(offer, matcher.get_error())
-        return Constraint(matcher, self.vocab_size, self._eos_ids)
+        start = _start(offer, self._call_token)
+        grammars = (_grammar(offer, start), _READABLE.replace("START", start))
+        matchers = [LLMatcher(self._tokenizer, grammar, log_level=0) for grammar in grammars]
+        if matchers[0].is_error():
+            raise _refusal(offer, matchers[0].get_error())
+        return Constraint(matchers, self.vocab_size, self._eos_ids)
 
 
 class _Tokens:
@@ -137,16 +162,20 @@ def _bytes_of(vocabulary: Vocabulary, token: int) -> bytes:
     return b"" if piece == UNKNOWN_SHOWN else piece.replace(SPACE, " ").encode()
 
 
-def _grammar(offer: Offer, call_token: int | None) -> str:
-    """In llguidance's dialect of Lark."""
-    named = offer.choice not in ("auto", "required")
-    tools = [tool for tool in offer.tools if not named or tool.name == offer.choice]
+def _start(offer: Offer, call_token: int | None) -> str:
+    """What an answer is made of, in llguidance's dialect of Lark."""
     calls = "calls" if call_token is None else f"<[{call_token}]> calls"
     if offer.choice == "auto":
-        calls = f"TEXT | {calls}" if call_token is None else f"TEXT | calls | {calls}"
+        return f"TEXT | {calls}" if call_token is None else f"TEXT | calls | {calls}"
+    return calls
+
+
+def _grammar(offer: Offer, start: str) -> str:
+    named = offer.choice not in ("auto", "required")
+    tools = [tool for tool in offer.tools if not named or tool.name == offer.choice]
     call = "\n    | ".join(f"{_literal(tool.name)} ARGUMENTS %json {_schema(tool)} CLOSE" for tool in tools)
     rules = _GRAMMAR.replace("MORE", "" if named else f"(NEXT call){{0,{MAX_CALLS - 1}}}")
-    return rules.replace("START", calls).replace("CALL", call)
+    return rules.replace("START", start).replace("CALL", call)
 
 
 def _literal(name: str) -> str:

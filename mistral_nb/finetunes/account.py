@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import reprlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -246,12 +247,12 @@ def _error(failure: Failure) -> MistralError:
     return Refused(failure.with_hint("Check the adapter's name, files and model"))
 
 
-def _adapters(result: Any) -> list[Adapter]:
-    """The adapters in a result: one, a list of them, or lists in a list."""
+def _adapters(result: Any, lists: int = 2) -> list[Adapter]:
+    """The adapters in a result: one, a list of them, or lists in a list; at most `lists` in each other."""
     if result is None:
         return []
-    if isinstance(result, list):
-        return [adapter for item in result for adapter in _adapters(item)]
+    if isinstance(result, list) and lists:
+        return [adapter for item in result for adapter in _adapters(item, lists - 1)]
     try:
         return [adapter_from_wire(result)]
     except (AttributeError, ValueError):
@@ -259,4 +260,4 @@ def _adapters(result: Any) -> list[Adapter]:
 
 
 def _unreadable(result: Any) -> Adapter:
-    raise BackendError(f"Cloudflare described an adapter as {quoted(json.dumps(result))}. Try again in a moment")
+    raise BackendError(f"Cloudflare described an adapter as {quoted(reprlib.repr(result))}. Try again in a moment")

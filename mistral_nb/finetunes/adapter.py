@@ -19,6 +19,7 @@ __all__ = [
     "adapter_from_wire",
     "check_name",
     "is_adapter_id",
+    "is_wire_id",
 ]
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,6 +29,10 @@ DEFAULT_MODEL = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
 """The model that an adapter is made for, unless it is said."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_WIRE_ID = _NAME
+"""Cloudflare publishes no form for its ids; those in its documents are UUIDs."""
+
+_LONGEST_NAME = 256
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _PUBLIC = "cf-public-"
 _TEXTS = ("id", "name", "model", "description", "created_at", "modified_at")
@@ -50,9 +55,14 @@ class Adapter:
 
 
 def adapter_from_wire(record: Mapping[str, Any]) -> Adapter:
-    """The adapter that a record describes; `ValueError` for one without an id or a name. Other keys are left out."""
+    """The adapter that a record describes. Other keys are left out.
+
+    `ValueError` for one without an id or a name, or with one that is not how they look. A name that others have given
+    may be any printable text.
+    """
     texts = {name: value for name in _TEXTS if isinstance(value := record.get(name), str)}
-    if not texts.get("id") or not texts.get("name"):
+    name = texts.get("name", "")
+    if not is_wire_id(texts.get("id", "")) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
         raise ValueError("an adapter without an id or a name")
     unsaid = {"model": "", "created_at": "", "modified_at": ""}
     return Adapter(**{**unsaid, **texts}, public=record.get("public") is True)
@@ -60,6 +70,11 @@ def adapter_from_wire(record: Mapping[str, Any]) -> Adapter:
 
 def is_adapter_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
+
+
+def is_wire_id(text: str) -> bool:
+    """Whether an id from elsewhere stands in a URL, a file's name and a terminal as it is."""
+    return _WIRE_ID.fullmatch(text) is not None
 
 
 def check_name(name: str) -> None:

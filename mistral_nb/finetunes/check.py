@@ -30,7 +30,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class AdapterInfo:
     """What an adapter is. `name` is its folder's; `bytes` the size of its weights; `files` all that lies in its folder.
 
-    `base_model`, `model_type`, `rank` and `alpha` are None where the folder does not tell; `rank` is the matrices' own.
+    `base_model`, `model_type`, `rank` and `alpha` are None where the folder tells none; `rank` is the matrices' own.
     """
 
     name: str
@@ -119,7 +119,7 @@ class _Survey:
             base_model=rules.text(config.get("base_model_name_or_path")),
             model_type=rules.text(config.get("model_type")),
             rank=tensors.rank or (rank if rules.is_count(rank) else None),
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
+            alpha=float(alpha) if rules.is_scale(alpha) else None,
             target_modules=tensors.modules,
             dtype=", ".join(tensors.dtypes),
             parameters=tensors.parameters,

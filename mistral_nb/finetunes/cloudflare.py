@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.config import Settings
 from mistral_nb.errors import AdapterError, MistralError, RateLimited
 from mistral_nb.finetunes.account import INCOMPLETE, NOT_FOUND, Account, Refused
 from mistral_nb.finetunes.adapter import ASSETS, DEFAULT_MODEL, Adapter, check_name
 from mistral_nb.finetunes.check import check
+from mistral_nb.finetunes.pushes import Sums, noting, recall, sums_of
 from mistral_nb.progress import Progress
 
 __all__ = ["Push", "list_adapters", "public_adapters", "push"]
@@ -46,16 +49,23 @@ def push(
     progress: Callable[[Progress], None] = lambda now: None,
     patience: float = PATIENCE,
 ) -> Adapter:
-    """Put the adapter in `folder` on the account, and return when `lora=name` finds it. See `Push`."""
+    """Put the adapter in `folder` on the account, and return when `lora=name` finds it. See `Push`.
+
+    What `Push.doubt` tells is a `UserWarning`.
+    """
     task = Push(folder, name, settings=settings, model=model, description=description, progress=progress)
-    return task.run(patience)
+    adapter = task.run(patience)
+    if task.doubt:
+        warnings.warn(task.doubt, stacklevel=2)
+    return adapter
 
 
 class Push:
     """One adapter on its way to the account.
 
     An exception out of `progress` ends it. Nothing can be taken back, since the service removes no adapters: `told`
-    says what is there when it was cut short, and another push with the same name goes on from there.
+    says what is there when it was cut short, and another push with the same name goes on from there. It goes on with
+    the same files only, as far as `pushes` tells, which knows the adapters that were created from this machine.
     """
 
     def __init__(
@@ -79,10 +89,12 @@ class Push:
         self._creating = False
         self._adapter: Adapter | None = None
         self._there: list[str] = []
+        self._refused: dict[str, Refused] = {}
+        self._known = True
 
     @property
     def told(self) -> str:
-        """What the account has of the adapter, and how to go on, in a sentence."""
+        """What the account has of the adapter, and how to go on, in a few sentences."""
         if self._adapter is None:
             if self._creating:
                 return f"Whether {self._name} was created on the account is not known: push it again under that name"
@@ -90,7 +102,20 @@ class Push:
         on = f"On the account now: {self._name} ({self._adapter.id}) with"
         if len(self._there) == len(ASSETS):
             return f"{on} both files; try it in a moment with --lora {self._name}"
-        return f"{on} {''.join(self._there) or 'no file'} from this push; to go on, push it again under that name"
+        told = f"{on} {''.join(self._there) or 'no file'} from this push; to go on, push it again under that name"
+        return f"{told}. {self.doubt}" if self.doubt else told
+
+    @property
+    def doubt(self) -> str:
+        """Which files the service has not taken since it has others, where nothing tells which; else empty."""
+        if self._known or not self._refused:
+            return ""
+        names = " and ".join(self._refused)
+        were = "were" if len(self._refused) > 1 else "was"
+        return (
+            f"{names} of {self._name} {were} on the account before this push and not replaced, and nothing tells what "
+            f"is there: compare the answers, or push {quoted(self._folder)} under another name"
+        )
 
     def run(self, patience: float = PATIENCE) -> Adapter:
         """Check, create, upload, and wait until it is found, at most `patience` seconds.
@@ -119,9 +144,13 @@ class Push:
         if same:
             return self._resumable(same), True
         self._say(f"Creating {self._name}")
-        self._creating = True
+        sums = sums_of(self._folder)
         try:
-            return self._account.create(self._name, self._description), False
+            with noting(sums) as keep:
+                self._creating = True
+                self._adapter = self._account.create(self._name, self._description)
+                keep(self._adapter.id)
+            return self._adapter, False
         except Refused as error:
             self._creating = False
             if len(adapters) >= MOST:
@@ -130,30 +159,44 @@ class Push:
             raise
 
     def _resumable(self, same: list[Adapter]) -> Adapter:
-        """The one adapter of the name that lacks files; `AdapterError` where there is none."""
+        """The one adapter of the name that may lack files, and was not created for others; else `AdapterError`."""
         (adapter, *others) = same
         if others:
             raise AdapterError(f"{len(same)} adapters on the account are called {self._name}; choose another name")
         if adapter.model != self._model:
             raise AdapterError(
-                f"{self._name} is on the account for {adapter.model or 'another model'}; choose another name"
+                f"{self._name} is on the account for {quoted(adapter.model or 'another model')}; choose another name"
             )
         if self._account.trial(self._name) is None:
             raise AdapterError(
-                f"{self._name} is on the account already, with files that cannot be replaced; choose another name"
+                f"{self._name} is on the account already, with files that cannot be replaced; if that is this adapter, "
+                f"use it with --lora {self._name}, else choose another name"
             )
+        created_for = recall(adapter.id)
+        self._known = created_for is not None
+        if created_for is not None:
+            self._check_same(created_for)
         return adapter
 
+    def _check_same(self, created_for: Sums) -> None:
+        sums = sums_of(self._folder)
+        other = [name for name in ASSETS if sums[name] != created_for[name]]
+        if other:
+            raise AdapterError(
+                f"{self._name} on the account was created for another {' and '.join(other)} than that in "
+                f"{quoted(self._folder)}, and an adapter of both would be neither; push the folder that it was created "
+                "for, or choose another name"
+            )
+
     def _upload(self, adapter: Adapter, resumed: bool) -> None:
-        """Both files. Of an adapter that was there before, the one that is there already may be refused."""
-        refused: Refused | None = None
+        """Both files. Of an adapter that was there before, those that are there already may be refused."""
         for name in ASSETS:
             try:
                 self._account.upload(adapter, self._folder / name, self._report)
             except Refused as error:
-                if not resumed or refused:
+                if not resumed:
                     raise
-                refused = error
+                self._refused[name] = error
             else:
                 self._there.append(name)
 
@@ -179,11 +222,15 @@ class Push:
             longest = min(_LONGEST_WAIT, 2 * longest)
 
     def _not_found(self, listed: bool, code: int, patience: float) -> str:
+        """What is wrong still, after what was said about the files that were refused."""
         if not listed:
-            return f"{self._name} was uploaded, and is not in the account's list after {patience:g} s"
-        if code == INCOMPLETE:
-            return f"{self._name} was uploaded, and Cloudflare says after {patience:g} s that it lacks files"
-        return f"{self._name} was uploaded and is listed, and is not found by requests after {patience:g} s"
+            told = f"{self._name} is not in the account's list after {patience:g} s"
+        elif code == INCOMPLETE:
+            told = f"Cloudflare says after {patience:g} s that {self._name} lacks files"
+        else:
+            told = f"{self._name} is listed, and is not found by requests after {patience:g} s"
+        refused = (f"{name}: {str(error).rstrip('.')}. " for name, error in self._refused.items())
+        return f"{''.join(refused)}{told}"
 
     def _say(self, step: str) -> None:
         self._progress(Progress(step, 0, None))

@@ -57,18 +57,20 @@ def check_report(folder: Path, *, for_cloudflare: bool, fix: Path | None) -> str
     return f"{copy}{_facts(info)}\n{fit}"
 
 
-def pushed(adapter: Adapter, untried: str) -> str:
-    """That an adapter is on the account, and how it is used."""
-    use = f"use it with --lora {adapter.name} --model {quoted(adapter.model)}"
+def pushed(adapter: Adapter, untried: str, doubt: str) -> str:
+    """That an adapter is on the account, how it is used, and `Push.untried` and `Push.doubt`."""
+    name = quoted(adapter.name)
+    use = f"use it with --lora {name} --model {quoted(adapter.model)}"
+    warning = f"\nWARNING: {doubt}" if doubt else ""
     if untried:
-        return f"{adapter.name} ({adapter.id}) is on the account, and was not tried: {untried}\nThen {use}"
-    return f"{adapter.name} ({adapter.id}) is on the account; {use}"
+        return f"{name} ({quoted(adapter.id)}) is on the account, and was not tried: {untried}\nThen {use}{warning}"
+    return f"{name} ({quoted(adapter.id)}) is on the account; {use}{warning}"
 
 
 def added(adapter: Adapter, info: AdapterInfo, folder: Path) -> str:
     """That an adapter is on this machine, and what should be known about it."""
     warnings = [f"note: {warning}" for warning in info.warnings]
-    return "\n".join([f"{adapter.name} ({adapter.id}) is in {folder}", *warnings])
+    return "\n".join([f"{quoted(adapter.name)} ({quoted(adapter.id)}) is in {folder}", *warnings])
 
 
 def _rows(adapters: Sequence[Adapter], lacking: Sequence[str] | None = None) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.finetunes.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mistral_nb.finetunes.tensors import LAYERS, MISTRAL_7B, MODULES, LoraTensors
 from mistral_nb.progress import amount
 
-__all__ = ["MODEL_TYPE", "Judgement", "is_count", "judge", "judge_for_cloudflare", "misfit", "text"]
+__all__ = ["MODEL_TYPE", "Judgement", "is_count", "is_scale", "judge", "judge_for_cloudflare", "misfit", "text"]
 
 MODEL_TYPE = "mistral"
 MOST_RANK, SAFE_RANK = 32, 8
@@ -114,8 +114,8 @@ def _wrong_config(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"task_type is {quoted(task)}; train for CAUSAL_LM"
     if not is_count(rank):
         yield f"r is {quoted(rank)}; it must be a whole number, 1 or more"
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
-        yield f"lora_alpha is {quoted(alpha)}; it must be a number above 0"
+    if not is_scale(alpha):
+        yield f"lora_alpha is {quoted(alpha)}; it must be a finite number above 0"
     if config.get("bias", "none") != "none":
         yield f"bias is {quoted(config['bias'])}, and biases are not applied; train with bias='none'"
     for name, what in _NOT_APPLIED.items():
@@ -159,7 +159,7 @@ def _not_as_said(config: Mapping[str, Any], tensors: LoraTensors) -> Iterator[st
     """Where the configuration and the matrices differ: the rank, and which modules have an update."""
     rank, said, modules = config.get("r"), config.get("target_modules"), tensors.modules
     if is_count(rank) and tensors.rank not in (None, rank):
-        yield f"r is {rank}, and the matrices have rank {tensors.rank}; save the adapter again"
+        yield f"r is {quoted(rank)}, and the matrices have rank {tensors.rank}; save the adapter again"
     if not isinstance(said, list) or not all(isinstance(each, str) for each in said):
         return  # a regular expression, or all-linear: the matrices tell
     strange = sorted({each for each in said if each.rpartition(".")[2] not in MODULES})
@@ -192,3 +192,8 @@ def text(value: Any) -> str | None:
 
 def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_scale(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number above 0 that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import torch
 
-from mistral_nb.engine import Constraint, Engine, Sampling
+from mistral_nb.engine import Constraint, Engine, Generation, Sampling
 from mistral_nb.engine.grammar import MAX_CALLS
 from mistral_nb.engine.sampling import Sampler
 from mistral_nb.engine.tokenizer import Tokenizer, load_tokenizer
@@ -80,9 +80,15 @@ def constraint(tokenizer: Tokenizer, choice: str = "auto", functions: list[Funct
     return found
 
 
-def taken(tokenizer: Tokenizer, choice: str, text: str, first: tuple[int, ...] = ()) -> tuple[bool, bool]:
+def taken(
+    tokenizer: Tokenizer,
+    choice: str,
+    text: str,
+    first: tuple[int, ...] = (),
+    functions: list[Function] | None = None,
+) -> tuple[bool, bool]:
     """Whether an answer may be `text`, and whether it may end there."""
-    follows = constraint(tokenizer, choice)
+    follows = constraint(tokenizer, choice, functions)
     for token in (*first, *tokenizer._encode([text])):
         if not follows.allowed()[token]:
             return False, False
@@ -129,6 +135,54 @@ def test_what_an_answer_may_be(smol: Tokenizer, mistral: dict[str, Tokenizer], k
     assert not any(taken(tokenizer, "required", text)[1] for text in (*FREE, ""))
     assert taken(tokenizer, "add", WHOLE[0]) == (True, True)
     assert not any(taken(tokenizer, "add", text)[0] for text in WHOLE[1:])
+
+
+OPEN: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "n": {"type": "number"}, "any": {}},
+    "patternProperties": {"^p": {"type": "string"}},
+}
+READABLE = [
+    '{"a": -' + "9" * 308 + "}",
+    '{"n": -1.5e-99, "any": [9E+99, "1e999 \\\\ \\"999\\" \\u001b\\u007f\\n", {"": null, "e": [true, -0.0]}]}',
+    '{"a": 1, "A": 2, "é\\t": "x", "p": "\\\\u0061"}',
+    '{"n": ' + "9" * 200 + '.5e99, "more": {"a": {"a": "a"}}}',
+]
+UNREADABLE = [
+    '{"n": 1e999',
+    '{"any": [1e100',
+    '{"more": 1' + "0" * 308,
+    '{"n": 1' + "0" * 200 + "e1",
+    '{"a": ' + "9" * 309,
+    '{"a": 1, "\\u0061": "x"}',
+    '{"\\u0070": 1}',
+    '{"any": "\\u0061"}',
+]
+
+
+@pytest.mark.parametrize("kind", ["smol", "v1", "v3"])
+def test_what_may_be_said_can_be_read(smol: Tokenizer, mistral: dict[str, Tokenizer], kind: str) -> None:
+    """Numbers that a double holds, and each property by its own name, where the schema says nothing of either."""
+    tokenizer, first = (smol, ()) if kind == "smol" else (mistral[kind], (5,) * (kind == "v3"))
+    functions = [Function("f", json.dumps(OPEN))]
+    head = '[{"name": "f", "arguments": '
+    for arguments in READABLE:
+        text = f"{head}{arguments}}}]"
+        assert parse_calls(text) == ({"name": "f", "arguments": json.loads(arguments)},)
+        for choice in ("auto", "required", "f"):
+            assert taken(tokenizer, choice, text, first, functions) == (True, True), (choice, text)
+    for text in UNREADABLE:
+        for choice in ("auto", "required", "f"):
+            assert taken(tokenizer, choice, head + text, first, functions) == (False, False), (choice, text)
+
+
+def test_a_schema_that_no_readable_number_fits(smol: Tokenizer) -> None:
+    tiny = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e-320}
+    schema = {"type": "object", "properties": {"a": tiny}, "required": ["a"]}
+    follows = constraint(smol, "required", [Function("f", json.dumps(schema))])
+    read_out(smol, follows, '[{"name": "f", "arguments": {"a": 0.' + "0" * 308)
+    with pytest.raises(EngineError, match="no token fits the schemas; give the functions some without numbers"):
+        follows.allowed()
 
 
 @pytest.mark.parametrize("kind", ["v3", "v3-json"])
@@ -272,6 +326,26 @@ def test_no_text_depends_on_what_runs_beside_it(engine: Engine, smol: Tokenizer)
     call = engine.submit(question, Sampling(seed=1), 40, smol.eos_ids, constraint=follows)
     assert [token.id for token in engine.submit(question, Sampling(seed=1), 16)] == free
     assert [token.id for token in call] != free
+
+
+def test_two_calls_at_once_each_follow_their_own_schema(engine: Engine, smol: Tokenizer) -> None:
+    question = smol.encode_chat([Message("user", "Weather in Köln for 3 days?")])
+
+    def submit(function: Function) -> Generation:
+        follows = constraint(smol, function.name, [function])
+        return engine.submit(question, Sampling(temperature=1, seed=1), 400, smol.eos_ids, constraint=follows)
+
+    def said(generation: Generation) -> str:
+        return smol.decode([token.id for token in generation if token.id is not None])
+
+    offered = [FUNCTIONS[0], ADD]
+    alone = [said(submit(function)) for function in offered]
+    together = [said(generation) for generation in [submit(function) for function in offered]]
+    assert together == alone
+    for function, text in zip(offered, together, strict=True):
+        (call,) = parse_calls(text) or ()
+        assert call["name"] == function.name
+        jsonschema.validate(call["arguments"], SCHEMAS[function.name])
 
 
 def test_a_constraint_that_fails_ends_its_generation(engine: Engine, smol: Tokenizer) -> None:

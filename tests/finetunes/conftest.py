@@ -1,4 +1,4 @@
-"""A server that keeps adapters, and the settings with which it is the Cloudflare account."""
+"""A server that keeps adapters, the settings with which it is the Cloudflare account, and a store of the test's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ import pytest
 from mistral_nb.config import Secret, Settings
 from tests.finetunes.adapters import write_adapter
 from tests.finetunes.finetunes_server import ACCOUNT, TOKEN, FinetunesServer
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What this machine keeps, the notes of what was pushed too."""
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture

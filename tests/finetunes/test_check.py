@@ -71,6 +71,7 @@ def test_every_module_of_every_layer(tmp_path: Path) -> None:
         ({"r": 4}, "r is 4, and the matrices have rank 8"),
         ({"lora_alpha": ...}, "lora_alpha is None"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"bias": "lora_only"}, "biases are not applied"),
         ({"use_dora": True}, "use_dora is set: DoRA"),
         ({"lora_bias": True}, "lora_bias is set"),
@@ -275,6 +276,7 @@ def test_no_folder(tmp_path: Path) -> None:
 def test_inspect_tells_what_is_there_whether_it_fits_or_not(tmp_path: Path) -> None:
     info = inspect(write_adapter(tmp_path / "a", {"model_type": ..., "r": 64}, matrices(rank=64)))
     assert (info.rank, info.model_type) == (64, None)
+    assert inspect(write_adapter(tmp_path / "b", {"lora_alpha": 10**400})).alpha is None
 
 
 def test_a_mended_copy_leaves_the_folder_as_it_is(tmp_path: Path) -> None:

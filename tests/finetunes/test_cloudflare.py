@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import re
+import socket
 import threading
 import traceback
 from dataclasses import replace
@@ -26,11 +28,14 @@ from mistral_nb.errors import (
     RateLimited,
     RequestTimeout,
 )
-from mistral_nb.finetunes.adapter import CONFIG_FILE, DEFAULT_MODEL, WEIGHTS_FILE
+from mistral_nb.finetunes.account import Account
+from mistral_nb.finetunes.adapter import ASSETS as FILES
+from mistral_nb.finetunes.adapter import CONFIG_FILE, DEFAULT_MODEL, WEIGHTS_FILE, Adapter
 from mistral_nb.finetunes.cloudflare import Push, list_adapters, public_adapters, push
+from mistral_nb.finetunes.pushes import pushes_path, recall, sums_of
 from mistral_nb.progress import Progress
 from tests.finetunes.adapters import write_adapter
-from tests.finetunes.finetunes_server import BASE, TOKEN, FinetunesServer, error
+from tests.finetunes.finetunes_server import BASE, PUBLIC, TOKEN, FinetunesServer, error
 
 RUN = f"POST run/{DEFAULT_MODEL}"
 FIRST = "11111111-0000-4000-8000-000000000001"
@@ -57,6 +62,10 @@ def test_a_list_is_asked_for_again(server: FinetunesServer, settings: Settings) 
     assert len(server.asked("GET finetunes")) >= 4
 
 
+def nested(lists: int) -> Any:
+    return functools.reduce(lambda inner, _: [inner], range(lists), PUBLIC)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "kind", "told"),
     [
@@ -66,6 +75,8 @@ def test_a_list_is_asked_for_again(server: FinetunesServer, settings: Settings) 
         (200, {"success": False, "errors": [{"code": 7003, "message": "odd"}]}, BackendError, "odd"),
         (200, {"success": True, "result": [{"name": "no id"}]}, BackendError, "no id"),
         (200, {"success": True, "result": "text"}, BackendError, "described an adapter"),
+        (200, {"success": True, "result": nested(3)}, BackendError, "described an adapter"),
+        (200, {"success": True, "result": nested(900)}, BackendError, "described an adapter"),
         (200, "not an object", BackendError, "not an object"),
         (400, {}, AdapterError, "Bad Request"),
     ],
@@ -135,14 +146,97 @@ def test_a_name_for_another_model(server: FinetunesServer, settings: Settings, f
         push(folder, "tone", settings=settings)
 
 
-@pytest.mark.parametrize("there", [{}, {CONFIG_FILE: b"{}"}])
-def test_a_push_goes_on_where_one_was_cut_short(
-    server: FinetunesServer, settings: Settings, folder: Path, there: dict[str, bytes]
-) -> None:
-    server.add("tone", files=there)
+def test_a_push_goes_on_where_one_was_cut_short(server: FinetunesServer, settings: Settings, folder: Path) -> None:
+    server.add("tone")
     assert push(folder, "tone", settings=settings).id == FIRST
     assert set(server.files[FIRST]) == {CONFIG_FILE, WEIGHTS_FILE}
     assert "POST finetunes" not in server.asked()
+
+
+def test_a_file_that_nobody_here_knows_is_told(server: FinetunesServer, settings: Settings, folder: Path) -> None:
+    server.add("tone", files={CONFIG_FILE: b"{}"})
+    with pytest.warns(
+        UserWarning, match=f"^{CONFIG_FILE} of tone was on the account before this push and not replaced"
+    ):
+        assert push(folder, "tone", settings=settings).id == FIRST
+    assert server.files[FIRST][CONFIG_FILE] == b"{}"
+    server.add("two", files=dict.fromkeys(FILES, b""))
+    server.unfound = 10**6
+    with pytest.raises(AdapterError, match=f"On the account now: two .* {CONFIG_FILE} and {WEIGHTS_FILE} of two were"):
+        push(folder, "two", settings=settings, patience=0)
+
+
+@pytest.mark.parametrize("other", FILES)
+def test_a_push_does_not_go_on_with_another_file(
+    server: FinetunesServer, settings: Settings, folder: Path, tmp_path: Path, other: str
+) -> None:
+    cut_short(server, settings, folder)
+    before = dict(server.files[FIRST])
+    changed = write_adapter(tmp_path / "changed")
+    content = (folder / other).read_bytes()
+    (changed / other).write_bytes(content + b"\n" if other == CONFIG_FILE else content[:-1] + b"\1")
+    with pytest.raises(
+        AdapterError, match=f"was created for another {other} than that in .*changed, .*choose another name"
+    ):
+        push(changed, "tone", settings=settings)
+    assert server.files[FIRST] == before
+    assert push(folder, "tone", settings=settings).id == FIRST
+
+
+def cut_short(server: FinetunesServer, settings: Settings, folder: Path) -> None:
+    """A push whose configuration alone comes to the account."""
+    go_on = threading.Event()
+    go_on.set()
+    server.faults[ASSETS] = [go_on, "cut"]
+    with pytest.raises(ConnectionFailed):
+        push(folder, "tone", settings=settings)
+    assert list(server.files[FIRST]) == [CONFIG_FILE]
+
+
+def test_what_an_adapter_was_created_for_is_noted(server: FinetunesServer, settings: Settings, folder: Path) -> None:
+    server.faults["POST finetunes"] = [(400, error(5006, "no")), "closed"]
+    with pytest.raises(AdapterError):
+        push(folder, "tone", settings=settings)
+    with pytest.raises(ConnectionFailed):
+        push(folder, "tone", settings=settings)
+    assert list(pushes_path().iterdir()) == []
+    push(folder, "tone", settings=settings)
+    (note,) = pushes_path().iterdir()
+    assert recall(FIRST) == sums_of(folder)
+    for damaged in (b"", b"[]", b"{}", b"[" * 3_000, b"\xff"):
+        note.write_bytes(damaged)
+        assert recall(FIRST) is None
+
+
+def test_what_cannot_be_noted_is_not_created(
+    server: FinetunesServer, settings: Settings, folder: Path, home: Path
+) -> None:
+    home.write_bytes(b"a file")
+    with pytest.raises(AdapterError, match=r"cannot be noted .* MISTRAL_NB_HOME .*put nothing on the account"):
+        push(folder, "tone", settings=settings)
+    assert server.asked() == ["GET finetunes"]
+
+
+def test_a_push_goes_on_after_an_interrupted_wait(server: FinetunesServer, settings: Settings, folder: Path) -> None:
+    server.unfound = 1
+
+    def interrupt(now: Progress) -> None:
+        if now.step.startswith("Waiting"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="with both files; try it in a moment"):
+        push(folder, "tone", settings=settings, progress=interrupt)
+    assert push(folder, "tone", settings=settings).id == FIRST
+    assert server.asked("POST finetunes") == ["POST finetunes", *[ASSETS] * 4]
+
+
+def test_files_that_are_refused_for_good_are_told_after_the_wait(
+    server: FinetunesServer, settings: Settings, folder: Path
+) -> None:
+    cut_short(server, settings, folder)
+    server.faults[ASSETS] = [(400, error(5006, "assets cannot be edited")), (413, {})]
+    with pytest.raises(AdapterError, match=rf"cannot be edited.*{WEIGHTS_FILE}: .*HTTP 413.*that tone lacks files"):
+        push(folder, "tone", settings=settings, patience=0)
 
 
 def test_an_upload_that_breaks_off(server: FinetunesServer, settings: Settings, folder: Path) -> None:
@@ -188,7 +282,7 @@ def test_what_is_never_found(server: FinetunesServer, settings: Settings, folder
 
 def test_what_still_lacks_files(server: FinetunesServer, settings: Settings, folder: Path) -> None:
     server.faults[ASSETS] = [(200, {"success": True})]
-    with pytest.raises(AdapterError, match="says after 0 s that it lacks files"):
+    with pytest.raises(AdapterError, match="says after 0 s that tone lacks files"):
         push(folder, "tone", settings=settings, patience=0)
 
 
@@ -211,6 +305,22 @@ def test_a_service_that_says_nothing(server: FinetunesServer, settings: Settings
     with pytest.raises(RequestTimeout, match=r"no answer within 0\.3 s.*On the account now"):
         push(folder, "tone", settings=replace(settings, first_token_timeout=0.3))
     stall.set()
+
+
+def test_a_service_that_takes_nothing(settings: Settings, folder: Path) -> None:
+    weights = folder / WEIGHTS_FILE
+    os.truncate(weights, 64 << 20)  # more than the buffers of a connection
+    with socket.create_server(("127.0.0.1", 0)) as never_reads:
+        account = Account(
+            replace(
+                settings,
+                cloudflare_base_url=f"http://127.0.0.1:{never_reads.getsockname()[1]}/client/v4",
+                stall_timeout=0.3,
+                first_token_timeout=3.0,
+            )
+        )
+        with pytest.raises(RequestTimeout, match=rf"took nothing of {WEIGHTS_FILE} for 0\.3 s.*raise stall_timeout"):
+            account.upload(Adapter(FIRST, "tone", DEFAULT_MODEL, "", ""), weights, lambda step, done, total: None)
 
 
 class Stop(Exception):

@@ -24,9 +24,8 @@ Say = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
-    """Run a command with a store of the test's own: its exit status, stdout and stderr."""
-    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "home"))
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run a command: its exit status, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -161,6 +160,24 @@ def test_push(say: Say, account: FinetunesServer, folder: Path) -> None:
     status, told, _ = say("push", folder, "--name", "two")
     assert status == 0
     assert " is on the account, and was not tried: Cloudflare: spent (code 4006, HTTP 429)" in told
+
+
+def test_a_file_that_was_not_replaced_is_told_loudly(say: Say, account: FinetunesServer, folder: Path) -> None:
+    account.add("tone", files={CONFIG_FILE: b"{}"})
+    status, told, _ = say("push", folder, "--name", "tone")
+    assert status == 0
+    assert f"\nWARNING: {CONFIG_FILE} of tone was on the account before this push and not replaced" in told
+
+
+def test_what_the_service_calls_an_adapter_reaches_no_terminal(
+    say: Say, account: FinetunesServer, folder: Path
+) -> None:
+    for record in ({"id": "\x1b[2J", "name": "tone"}, {"id": FIRST, "name": "\x1b]0;gotcha\x07"}):
+        account.faults["POST finetunes"] = [(200, {"success": True, "result": record})]
+        status, told, problem = say("push", folder, "--name", "tone")
+        assert status == 1
+        assert "Cloudflare described an adapter as" in problem
+        assert "\x1b" not in told + problem
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -58,8 +60,16 @@ def test_the_wire_has_every_field() -> None:
     adapter = Adapter("11111111-2222-3333-4444-555555555555", "a", "m", "2026-01-01T00:00:00Z", "", "d", True)
     assert adapter_from_wire({**adapter.to_wire(), "more": 1}) == adapter
     assert adapter_from_wire({"id": "1", "name": "a", "description": None}).description == ""
+    assert adapter_from_wire({"id": "1", "name": "Élan vital (2)"}).name == "Élan vital (2)"
+
+
+@pytest.mark.parametrize(
+    ("adapter_id", "name"),
+    [("", "a"), ("1", ""), ("1", " "), ("1", "\x1b[2J"), ("\x1b[2J", "a"), ("../..", "a"), ("1", "a" * 257), (1, "a")],
+)
+def test_a_record_that_is_of_no_adapter(adapter_id: object, name: str) -> None:
     with pytest.raises(ValueError, match="without an id"):
-        adapter_from_wire({"name": "a"})
+        adapter_from_wire({"id": adapter_id, "name": name})
 
 
 @pytest.mark.parametrize(
@@ -184,6 +194,15 @@ def test_remove(store: AdapterStore) -> None:
         store.remove("one")
 
 
+ADDING = """
+import os, pathlib, sys
+from mistral_nb.finetunes.store import AdapterStore
+try:
+    AdapterStore(pathlib.Path(sys.argv[1])).add(pathlib.Path(sys.argv[2]), "one", "mine")
+except KeyboardInterrupt:
+    os._exit(9)
+"""
+
 KILLED = """
 import os, pathlib, sys
 from mistral_nb.finetunes.store import AdapterStore
@@ -233,6 +252,19 @@ def test_add_of_half_an_adapter_leaves_nothing(store: AdapterStore, tmp_path: Pa
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors cannot be read"):
         store.add(tmp_path, "one", DEFAULT_MODEL)
     assert store.list() == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither named pipes nor SIGINT for one process")
+def test_an_interrupted_add_leaves_nothing(store: AdapterStore, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes(b"{}")
+    os.mkfifo(tmp_path / WEIGHTS_FILE)
+    command = [sys.executable, "-c", ADDING, str(store.folder), str(tmp_path)]
+    with subprocess.Popen(command) as process, (tmp_path / WEIGHTS_FILE).open("wb"):  # open waits until it is read
+        (half,) = store.list()
+        assert store.missing_files(half) == (WEIGHTS_FILE,)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 9
+    assert [path.name for path in store.folder.iterdir()] == [".lock"]
 
 
 def test_a_store_that_cannot_be_used_is_told(tmp_path: Path) -> None:
