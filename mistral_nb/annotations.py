@@ -6,6 +6,7 @@ What an annotation does not say in these terms is not checked.
 from __future__ import annotations
 
 import enum
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,10 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     base = origin or hint
     if base is float:
         _expect(value, isinstance(value, int | float) and not isinstance(value, bool), where, _NAMES[float])
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise TypeError(f"{where} must be a number that a double holds, not one of so many digits") from None
     if base in (int, str, bool):
         return _expect(
             value, isinstance(value, base) and isinstance(value, bool) == (base is bool), where, _NAMES[base]
@@ -54,7 +58,7 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         return _items(value, base, inner, where)
     if base in (dict, Mapping):
         _expect(value, isinstance(value, dict), where, _NAMES[dict])
-        return {key: fitted(each, inner[1], f"{where}[{key!r}]") for key, each in value.items()} if inner else value
+        return _entries(value, inner, where) if inner else value
     return value
 
 
@@ -90,6 +94,30 @@ def _member(value: Any, hint: type[enum.Enum], where: str) -> Any:
     if isinstance(value, str) and value in hint.__members__:
         return hint[value]
     raise TypeError(f"{where} must be one of {', '.join(repr(member.value) for member in hint)}, not {value!r}")
+
+
+def _entries(value: Mapping[str, Any], inner: Sequence[Any], where: str) -> dict[Any, Any]:
+    """The entries of an object, its keys too: JSON's are texts, such as "1" where the annotation says int."""
+    entries: dict[Any, Any] = {}
+    for name, each in value.items():
+        key = _key(name, inner[0], where)
+        if key in entries:
+            raise TypeError(f"{where} holds the key {key!r} twice")
+        entries[key] = fitted(each, inner[1], f"{where}[{name!r}]")
+    return entries
+
+
+def _key(name: str, hint: Any, where: str) -> Any:
+    """A key as `hint` wants it: the text itself, or what it says as JSON."""
+    place = f"the key {name!r} of {where}"
+    try:
+        return fitted(name, hint, place)
+    except TypeError:
+        try:
+            said = json.loads(name)
+        except (ValueError, RecursionError):
+            said = name
+        return fitted(said, hint, place)
 
 
 def _items(value: Any, base: Any, inner: Sequence[Any], where: str) -> Any:

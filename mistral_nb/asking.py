@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from mistral_nb.answer import Answer, Result
 from mistral_nb.config import load_settings
-from mistral_nb.errors import InvalidRequest, MistralError
+from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import GenerationRequest, Message
 
 __all__ = ["ask", "make_request", "read_to_end", "stream"]
@@ -33,10 +32,11 @@ def ask(
     before it; `fields` are those of `GenerationRequest`, such as `temperature=0` or `max_tokens=100`. `backend` is
     "cloudflare", "local", "openai" or the https:// address of a `mistral-nb serve`, `model` a name of that backend's;
     without them the settings choose. `functions` may hold Python functions: with `call` the calls that the model asks
-    for are run on these, for at most `max_rounds` (4) answers, and are in the result's `calls`.
+    for are run on these, for at most `max_rounds` (4) answers, and are in the result's `calls`; calls that it asks for
+    beyond these are not run, and are in `tool_calls`.
 
     Raises `MistralError` with the partial answer in its `result`. An interrupt cancels the generation, and its
-    `KeyboardInterrupt` has the partial answer in `result` too.
+    `KeyboardInterrupt` has the partial answer in `result` too, with the calls that have run.
     """
     if call:
         return _with_calls(prompt, backend, model, system, max_rounds, fields)
@@ -61,20 +61,15 @@ def _with_calls(
     if isinstance(functions, str) or not isinstance(functions, Sequence) or not functions:
         raise InvalidRequest("functions", functions, "must be a list of Python functions, since call=True runs them")
     toolbox = Toolbox(functions)
-    rounds = Rounds(
-        make_request(prompt, system, {**fields, "functions": toolbox.offered}), toolbox, max_rounds or MAX_ROUNDS
-    )
+    request = make_request(prompt, system, {**fields, "functions": toolbox.offered})
+    rounds = Rounds(request, toolbox, MAX_ROUNDS if max_rounds is None else max_rounds)
     chosen = resolve(load_settings(), backend=backend, model=model).backend
-    while True:
-        with Answer(chosen, rounds.request) as answer:
-            try:
-                result = read_to_end(answer)
-            except (MistralError, KeyboardInterrupt) as error:
-                if (partial := getattr(error, "result", None)) is not None:
-                    error.result = replace(partial, calls=tuple(rounds.records))  # type: ignore[union-attr]
-                raise
-        if not rounds.take(result.tool_calls):
-            return replace(result, calls=tuple(rounds.records))
+
+    def one(request: GenerationRequest) -> Result:
+        with Answer(chosen, request) as answer:
+            return read_to_end(answer)
+
+    return rounds.converse(one)
 
 
 def stream(

@@ -7,31 +7,40 @@ which the model reads and may answer to.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import json
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mistral_nb.annotations import fitted
+from mistral_nb.answer import Result
+from mistral_nb.callables import bound, code_of, name_of
 from mistral_nb.errors import InvalidRequest
-from mistral_nb.types import Function, GenerationRequest, Message
+from mistral_nb.functions import parse_calls
+from mistral_nb.types import MAX_NAME, MAX_TEXT, Function, GenerationRequest, Message
 
-__all__ = ["MAX_ROUNDS", "CallRecord", "Rounds", "Toolbox", "offered"]
+__all__ = ["MAX_ROUNDS", "CallRecord", "Rounds", "Toolbox", "check_rounds", "offered"]
 
 MAX_ROUNDS = 4
+MOST_ROUNDS = 999
 MAX_RESULT = 16_000
 """Characters of a result that the model is given."""
+MAX_ARGUMENTS = 60_000
+"""Characters of a call's arguments as JSON; more would not fit the turn that tells of the calls."""
+MAX_DEPTH = 64
+"""Lists and objects within each other in a call's arguments."""
+MAX_ERROR = 2_000
 
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
     """One call that was run. `result` is what the function returned; `error` says what went wrong, else it is empty.
 
-    `seconds` is the time that it took.
+    `seconds` is the time that it took. `told` is what the model is given, and `shown` the start of the result's repr.
     """
 
     name: str
@@ -39,21 +48,14 @@ class CallRecord:
     result: Any = None
     error: str = ""
     seconds: float = 0.0
+    told: str = field(default="", repr=False)
+    shown: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         """The call and its outcome in one line."""
         given = ", ".join(f"{name}={_shortened(repr(value))}" for name, value in self.arguments.items())
-        outcome = f"failed: {self.error}" if self.error else _shortened(repr(self.result), 200)
+        outcome = f"failed: {self.error}" if self.error else self.shown
         return " ".join(f"{self.name}({given}) → {outcome}".split())
-
-    @property
-    def told(self) -> str:
-        """What the model is given: texts as they are, all else as JSON, of at most `MAX_RESULT` characters."""
-        if self.error:
-            return json.dumps({"error": self.error}, ensure_ascii=False)
-        text = self.result if isinstance(self.result, str) else json.dumps(_plain(self.result), ensure_ascii=False)
-        text = text.encode("utf-8", "replace").decode()
-        return text if len(text) <= MAX_RESULT else f"{text[:MAX_RESULT]} … (cut; {len(text)} characters in all)"
 
 
 class Toolbox:
@@ -62,11 +64,11 @@ class Toolbox:
     def __init__(self, functions: Sequence[Callable[..., Any]]) -> None:
         self._functions: dict[str, Callable[..., Any]] = {}
         for function in functions:
-            name = _name(function)
+            name = name_of(function)
             if name in self._functions:
                 raise InvalidRequest("functions", name, "two functions have this name; give one of them another")
             self._functions[name] = function
-        self.offered = tuple(Function(name, _source(name, function)) for name, function in self._functions.items())
+        self.offered = tuple(Function(name, code_of(name, function)) for name, function in self._functions.items())
 
     def run(self, call: Mapping[str, Any]) -> CallRecord:
         """Run one call, {name, arguments}. Whatever an `Exception` says is in the record; an interrupt goes through."""
@@ -75,20 +77,18 @@ class Toolbox:
         if function is None:
             problem = f"there is no function {name!r}; there are {', '.join(self._functions)}"
         if problem or function is None:
-            return CallRecord(name, arguments, error=problem)
+            return _failed(CallRecord(name, arguments), problem)
         began = time.perf_counter()
+        checked, result = None, None
         try:
-            positional, named = _bound(function, arguments)
-        except TypeError as error:
-            return CallRecord(name, arguments, error=str(error))
-        try:
-            result = function(*positional, **named)
-            if inspect.isawaitable(result):
-                result = _awaited(result)
-        except Exception as error:  # the user's own code: any failure of it is told to the model
-            problem = f"{type(error).__name__}: {error}".removesuffix(": ")
-            return CallRecord(name, arguments, error=problem, seconds=time.perf_counter() - began)
-        return CallRecord(name, arguments, result, seconds=time.perf_counter() - began)
+            checked = bound(function, copy.deepcopy(arguments))
+            value = function(*checked[0], **checked[1])
+            result = _awaited(value) if inspect.isawaitable(value) else value
+            told, shown = _told(result), _shortened(_clean(repr(result)), 200)
+        except Exception as error:  # the user's own code, or that of its result: any failure is told to the model
+            record = CallRecord(name, arguments, result, seconds=time.perf_counter() - began)
+            return _failed(record, str(error) if checked is None and isinstance(error, TypeError) else _problem(error))
+        return CallRecord(name, arguments, result, "", time.perf_counter() - began, told, shown)
 
 
 class Rounds:
@@ -103,24 +103,74 @@ class Rounds:
         self.request = request.with_(functions=toolbox.offered)
         self.records: list[CallRecord] = []
         self._toolbox = toolbox
-        self._left = limit
+        self._left = check_rounds(limit)
 
-    def take(self, calls: Sequence[Mapping[str, Any]], show: Callable[[CallRecord], None] = lambda call: None) -> bool:
-        """Run the calls of an answer, `show` each, and make the next request. False when there were none to run."""
+    def converse(
+        self,
+        ask: Callable[[GenerationRequest], Result],
+        show: Callable[[CallRecord], None] = lambda call: None,
+        keep: Callable[[Result], object] = lambda result: None,
+    ) -> Result:
+        """`ask`, run the calls and `show` each, until an answer asks for none: that one, with all calls in `calls`.
+
+        Calls beyond the limit stay in its `tool_calls`. Whatever ends this early has in its `result`, which `keep` is
+        given too, the answer so far with the calls that have run.
+        """
+        answer: Result | None = None
+        asking = True
+        try:
+            while True:
+                asking = True
+                answer = ask(self.request)
+                asking = False
+                if not self.take(answer.tool_calls, answer.text, show):
+                    return replace(answer, calls=tuple(self.records))
+        except BaseException as error:
+            # an error of a function that asks a model by itself has another answer in its result
+            partial = (getattr(error, "result", None) if asking else None) or answer
+            if partial is not None:
+                partial = replace(partial, calls=tuple(self.records))
+                keep(partial)
+                with contextlib.suppress(AttributeError):
+                    error.result = partial  # type: ignore[attr-defined]
+            raise
+
+    def take(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        text: str = "",
+        show: Callable[[CallRecord], None] = lambda call: None,
+    ) -> bool:
+        """Run the calls of an answer, `show` each, and make the next request. False when there were none to run.
+
+        `text` is what the answer says beside its calls: an assistant's turn before the turn of the calls, which leaves
+        the arguments out where they do not fit a turn.
+        """
         if not calls or self.request.functions is None:
             return False
-        asked = [_read(call)[:2] for call in calls]
-        said = json.dumps([{"name": name, "arguments": arguments} for name, arguments in asked], ensure_ascii=False)
-        turns = [*(self.request.messages or (Message("user", self.request.prompt or ""),)), Message("assistant", said)]
+        records: list[CallRecord] = []
         for call in calls:
-            record = self._toolbox.run(call)
-            self.records.append(record)
-            show(record)
-            turns.append(Message("tool", record.told, name=record.name))
+            records.append(self._toolbox.run(call))
+            self.records.append(records[-1])
+            show(records[-1])
+        said = _as_calls([(each.name, each.arguments) for each in records])
+        if len(said) > MAX_TEXT:
+            said = _as_calls([(each.name, {}) for each in records])
+        turns = [*(self.request.messages or (Message("user", self.request.prompt or ""),))]
+        if text.strip():
+            turns.append(Message("assistant", _clean(text)[:MAX_TEXT]))
+        turns += [Message("assistant", said), *(Message("tool", each.told, name=each.name) for each in records)]
         self._left -= 1
         functions = self._toolbox.offered if self._left > 0 else None
         self.request = self.request.with_(prompt=None, messages=tuple(turns), functions=functions)
         return True
+
+
+def check_rounds(limit: Any) -> int:
+    """A limit of rounds as it is. Raises `InvalidRequest`."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_ROUNDS:
+        raise InvalidRequest("max_rounds", limit, f"must be a whole number from 1 to {MOST_ROUNDS}")
+    return limit
 
 
 def offered(functions: Any) -> Any:
@@ -130,78 +180,68 @@ def offered(functions: Any) -> Any:
     return [Toolbox([each]).offered[0] if callable(each) else each for each in functions]
 
 
-def _name(function: Any) -> str:
-    if not callable(function):
-        raise InvalidRequest("functions", function, "is no function; define one with def")
-    name = getattr(function, "__name__", None) or type(function).__name__
-    if not str(name).isidentifier():
-        raise InvalidRequest("functions", name, "has no name of its own; define it with def")
-    return str(name)
-
-
-def _source(name: str, function: Callable[..., Any]) -> str:
-    """The function's source; where there is none, or it is a method, its signature and docstring as a `def`."""
-    if inspect.isfunction(function) and not isinstance(inspect.unwrap(function), type):
-        try:
-            source = textwrap.dedent(inspect.getsource(function))
-        except (OSError, TypeError):
-            source = ""
-        if source.lstrip().startswith(("def ", "async def ", "@")):
-            return source
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(
-            "functions", name, "does not tell its parameters; wrap it into a def of your own"
-        ) from error
-    told = inspect.getdoc(function) or ""
-    return f"def {name}{signature}:\n    {told[:2000]!r}\n"
-
-
 def _read(call: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
-    """Name and arguments of a call in Workers AI's or OpenAI's form, and what is wrong with it, if anything."""
+    """Name and arguments of a call in Workers AI's or OpenAI's form, and what is wrong with it, if anything.
+
+    They are what `parse_calls` takes, so that every wire can tell of the call again.
+    """
     inner = call.get("function")
     inner = inner if isinstance(inner, Mapping) else call
     name, arguments = inner.get("name"), inner.get("arguments")
-    if isinstance(arguments, str):
+    name = _clean(name)[:MAX_NAME] if isinstance(name, str) and name else "unknown"
+    written = (arguments or "{}") if isinstance(arguments, str) else None
+    if written is not None:
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = json.loads(written)
+        except RecursionError:
+            return name, {}, "the arguments are nested too deeply; simplify them"
         except ValueError:
-            return str(name), {}, f"the arguments are not JSON: {_shortened(str(arguments))}"
+            return name, {}, f"the arguments are not JSON: {_shortened(_clean(written))}"
     if arguments is None:
         arguments = {}
-    if not isinstance(arguments, Mapping):
-        return str(name), {}, f"the arguments must be a JSON object, not {_shortened(json.dumps(arguments))}"
-    return str(name), dict(arguments), ""
-
-
-def _bound(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments as the function takes them. `TypeError` says which one is missing, unknown, or of another type."""
-    parameters = inspect.signature(function).parameters.values()
-    hints = _hints(function)
-    anything = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    unknown = [name for name in arguments if not anything and all(name != each.name for each in named)]
-    missing = [each.name for each in named if each.default is each.empty and each.name not in arguments]
-    if missing or unknown:
-        problems = [f"missing: {', '.join(missing)}"] if missing else []
-        problems += [f"unknown: {', '.join(unknown)}"] if unknown else []
-        raise TypeError(f"arguments {'; '.join(problems)}; it takes {', '.join(each.name for each in named) or 'none'}")
-    checked = {name: fitted(value, hints.get(name, Any), name) for name, value in arguments.items()}
-    before: list[Any] = []
-    for each in named:
-        if each.kind is each.POSITIONAL_ONLY:
-            before.append(checked.pop(each.name, each.default))
-    return before, checked
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations as types; none where they cannot be resolved."""
-    target = function if inspect.isroutine(function) else type(function).__call__
+    if not isinstance(arguments, dict):
+        return name, {}, f"the arguments must be a JSON object, not of type {type(arguments).__name__}"
+    if _deeper(arguments, MAX_DEPTH):
+        return name, {}, "the arguments are nested too deeply; simplify them"
     try:
-        return inspect.get_annotations(inspect.unwrap(target), eval_str=True)
-    except Exception:  # an annotation is the user's expression and may fail in any way; then nothing is checked
-        return {}
+        written = json.dumps(arguments, ensure_ascii=False) if written is None else written
+    except (ValueError, TypeError):
+        written = ""
+    if len(written) > MAX_ARGUMENTS:
+        return name, {}, f"the arguments have {len(written)} characters; at most {MAX_ARGUMENTS} can be taken"
+    calls = parse_calls(f'[{{"name": {json.dumps(name)}, "arguments": {written}}}]')
+    if not calls:
+        return name, {}, "the arguments hold a number that JSON cannot say, or one key twice; correct them"
+    return name, calls[0]["arguments"], ""
+
+
+def _as_calls(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    return json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls], ensure_ascii=False)
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects stand within each other more than `depth` times."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (depth == 0 or any(_deeper(each, depth - 1) for each in inner))
+
+
+def _failed(record: CallRecord, problem: str) -> CallRecord:
+    """The record with what went wrong, for its reader and for the model."""
+    error = _shortened(_clean(problem), MAX_ERROR)
+    return replace(record, error=error, told=json.dumps({"error": error}, ensure_ascii=False))
+
+
+def _problem(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # the text of the user's own error may fail as well
+        return type(error).__name__
+
+
+def _told(result: Any) -> str:
+    """A result for the model: a text as it is, all else as JSON, of at most `MAX_RESULT` characters."""
+    text = _clean(result if isinstance(result, str) else json.dumps(_plain(result), ensure_ascii=False))
+    return text if len(text) <= MAX_RESULT else f"{text[:MAX_RESULT]} … (cut; {len(text)} characters in all)"
 
 
 def _awaited(awaitable: Any) -> Any:
@@ -228,11 +268,12 @@ def _awaited(awaitable: Any) -> Any:
             loop.close()
 
     thread = threading.Thread(target=run, name="mistral-nb call", daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except BaseException:
-        loop.call_soon_threadsafe(task.cancel)
+        with contextlib.suppress(RuntimeError):  # the loop has ended just now
+            loop.call_soon_threadsafe(task.cancel)
         raise
     if not outcome[0]:
         raise outcome[1]
@@ -250,3 +291,8 @@ def _plain(value: Any) -> Any:
 
 def _shortened(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which no wire can send."""
+    return text.encode("utf-8", "replace").decode()

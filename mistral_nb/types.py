@@ -183,7 +183,7 @@ class GenerationRequest:
             raise InvalidRequest("body", type(body).__name__, "must be a JSON object")
         for key in body:
             if key not in _BY_NAME:
-                near = difflib.get_close_matches(str(key), _BY_NAME, n=1)
+                near = difflib.get_close_matches(str(key)[:MAX_NAME], _BY_NAME, n=1)
                 wanted = f"did you mean {near[0]!r}?" if near else f"known fields are {', '.join(_BY_NAME)}"
                 raise InvalidRequest(str(key), body[key], f"is not a field; {wanted}")
             if body[key] is None:

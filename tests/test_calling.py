@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import inspect
 import json
 import math
+import signal
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import pytest
 
-import mistral_nb
 from mistral_nb.annotations import fitted
-from mistral_nb.calling import MAX_RESULT, Rounds, Toolbox
-from mistral_nb.errors import BackendError, InvalidRequest
+from mistral_nb.calling import MAX_ARGUMENTS, MAX_RESULT, CallRecord, Toolbox
+from mistral_nb.errors import InvalidRequest
 from mistral_nb.functions import tools_of
-from mistral_nb.types import GenerationRequest
-from tests.backends.scripted import TOKEN, Peer, body, frame, head
-
-ACCOUNT = "0123456789abcdef0123456789abcdef"
 
 
 class Unit(enum.Enum):
@@ -54,6 +53,34 @@ class Counter:
         self.count += by
         return self.count
 
+    def paint(self, unit: Unit = Unit.METRIC, *, note: str = "-", sides: list[int] | None = None) -> None:
+        """Paints."""
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise ValueError("has no text")
+
+
+def unresolved(x: "int", y: Missing = None, z: 1 / 0 = None) -> int:  # type: ignore  # noqa: F821, UP037
+    return x
+
+
+def extras(a: int, /, **kw: int) -> dict[str, int]:
+    return {"a": a, **kw}
+
+
+def table(rows: dict[int, float]) -> Any:
+    return rows
+
+
+def anything(x: Any) -> Any:
+    return x
+
+
+def run(function: Callable[..., Any], arguments: Any) -> CallRecord:
+    return Toolbox([function]).run({"name": function.__name__, "arguments": arguments})
+
 
 def test_a_function_is_offered_with_its_source() -> None:
     (offered,) = Toolbox([add]).offered
@@ -64,7 +91,7 @@ def test_a_function_is_offered_with_its_source() -> None:
 
 def test_what_has_no_source_of_its_own_is_offered_by_its_signature() -> None:
     method, builtin, variadic = (Toolbox([each]).offered[0] for each in (Counter().up, sorted, math.gcd))
-    assert method.code.startswith("def up(by: 'int' = 1) -> 'int':")
+    assert method.code.startswith("def up(by: 'int' = 1):")
     assert "Counts up." in method.code
     assert builtin.code.startswith("def sorted(iterable, /, *, key=None, reverse=False):")
     assert variadic.code.startswith("def gcd(*integers):")
@@ -78,7 +105,9 @@ def test_what_has_no_source_of_its_own_is_offered_by_its_signature() -> None:
         ([lambda x: x], "has no name of its own"),
         ([3], "is no function"),
         ([add, add], "two functions have this name"),
-        ([dict], "does not tell its parameters"),
+        ([max], "does not tell its parameters"),
+        ([Counter], "'Counter': is a class; define a function with def"),
+        ([partial(add, 1)], "'functools.partial': is a partial; define a function with def"),
     ],
 )
 def test_what_cannot_be_offered(functions: Sequence[Any], problem: str) -> None:
@@ -96,6 +125,11 @@ def test_what_cannot_be_offered(functions: Sequence[Any], problem: str) -> None:
         (measure, {"length": 2.5, "unit": "IMPERIAL", "tags": ["a"], "kind": "y"}, [2.5, Unit.IMPERIAL, ["a"], "y"]),
         (positional, {"a": 1, "b": 2}, (1, 2, 3)),
         (positional, {"a": 1, "b": 2, "c": 4}, (1, 2, 4)),
+        (unresolved, {"x": 1, "y": "anything"}, 1),
+        (extras, {"a": 1, "kw": 2, "more": 3}, {"a": 1, "kw": 2, "more": 3}),
+        (table, {"rows": {"1": 2}}, {1: 2.0}),
+        (anything, {"x": "\ud800"}, "\ufffd"),
+        (anything, '{"x": "\\ud800"}', "\ufffd"),
         (later, {"text": "grüße 🦊"}, "GRÜSSE 🦊"),
     ],
 )
@@ -135,6 +169,113 @@ def test_what_goes_wrong_is_told(call: dict[str, Any], problem: str) -> None:
     assert json.loads(record.told) == {"error": record.error}
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "problem"),
+    [
+        (unresolved, {"x": "1"}, "x must be a whole number, not '1'"),
+        (extras, {"a": 1, "more": "3"}, "more must be a whole number, not '3'"),
+        (table, {"rows": {"a": 1}}, "the key 'a' of rows must be a whole number, not 'a'"),
+        (table, {"rows": {"1": "a"}}, "rows['1'] must be a number, not 'a'"),
+        (measure, {"length": 10**400, "unit": "m"}, "length must be a number that a double holds"),
+        (anything, "[" * 200_000, "the arguments are nested too deeply"),
+        (anything, {"x": json.loads("[" * 100 + "]" * 100)}, "the arguments are nested too deeply"),
+        (anything, '{"x": 1e999}', "the arguments hold a number that JSON cannot say"),
+        (anything, '{"x": 1, "\\u0078": 2}', "the arguments hold a number that JSON cannot say, or one key twice"),
+        (anything, {"x": math.inf}, "the arguments hold a number that JSON cannot say"),
+        (anything, {"x": math.nan}, "the arguments hold a number that JSON cannot say"),
+        (anything, f'{{"x": {"1" * 5000}}}', "the arguments are not JSON"),
+        (anything, {"x": "x" * MAX_ARGUMENTS}, "the arguments have 600"),
+    ],
+)
+def test_arguments_that_do_not_fit(function: Callable[..., Any], arguments: Any, problem: str) -> None:
+    record = run(function, arguments)
+    assert record.error.startswith(problem)
+    assert json.loads(record.told) == {"error": record.error}
+    assert str(record)
+
+
+def test_a_result_that_cannot_be_told_is_an_error() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    for result, problem in ((10**5000, "ValueError"), (cycle, "RecursionError"), (Broken(), "ValueError: has no text")):
+
+        def give(result: Any = result) -> Any:
+            return result
+
+        record = run(give, {})
+        assert record.error.startswith(problem)
+        assert record.result is result
+        assert json.loads(record.told) == {"error": record.error}
+        assert "failed: " in str(record)
+
+
+def test_a_default_that_is_no_literal_of_json_is_not_told() -> None:
+    method = Counter().paint.__func__  # type: ignore[attr-defined]
+    method.__defaults__, kept = (10**5000,), method.__defaults__
+    try:
+        code = Toolbox([Counter().paint]).offered[0].code
+    finally:
+        method.__defaults__ = kept
+    assert code.startswith("def paint(unit: 'Unit' = Ellipsis, *, note: 'str' = '-', sides")
+
+
+def test_an_error_without_a_text_is_told_by_its_type() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def fail() -> None:
+        raise Mute
+
+    assert run(fail, {}).error == "Mute"
+
+
+def test_a_function_does_not_change_the_arguments_in_the_record() -> None:
+    def grow(items: Any) -> int:
+        items.append(1)
+        return len(items)
+
+    record = run(grow, {"items": []})
+    assert (record.result, record.arguments) == (1, {"items": []})
+
+
+def test_every_signature_is_told_to_the_model() -> None:
+    def column_0(city: str, days: int = 1) -> None:
+        """The weather.
+        at column 0
+        """
+
+    def source_is_another(a: int) -> None: ...
+
+    source_is_another.__signature__ = inspect.signature(add)  # type: ignore[attr-defined]
+    painted, nested, other = (
+        tool.parameters for tool in tools_of(Toolbox([Counter().paint, column_0, source_is_another]).offered)
+    )
+    assert painted["required"] == []
+    assert painted["properties"] == {
+        "unit": {},
+        "note": {"type": "string", "default": "-"},
+        "sides": {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}], "default": None},
+    }
+    assert nested["properties"] == {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}}
+    assert list(other["properties"]) == ["a", "b"]
+
+
+def test_an_interrupt_cancels_what_is_awaited() -> None:
+    cancelled = threading.Event()
+
+    async def wait() -> None:
+        try:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(wait, {})
+    assert cancelled.wait(20)
+
+
 def test_an_interrupt_goes_through() -> None:
     def stop() -> None:
         raise KeyboardInterrupt
@@ -155,10 +296,13 @@ def test_an_async_function_runs_inside_a_running_loop() -> None:
 
 
 def test_types_that_are_not_alike_are_kept_apart() -> None:
-    assert fitted(1, int | float, "x") == 1
+    assert type(fitted(1, float | int, "x")) is int
     assert type(fitted(1, float, "x")) is float
     assert fitted([1, "a"], tuple[int, str], "x") == (1, "a")
     assert fitted({"a": 1}, dict[str, int], "x") == {"a": 1}
+    assert fitted({"m": 1, "IMPERIAL": 2}, dict[Unit, int], "x") == {Unit.METRIC: 1, Unit.IMPERIAL: 2}
+    with pytest.raises(TypeError, match=r"holds the key 1\.0 twice"):
+        fitted({"1": 1, "1.0": 1}, dict[float, int], "x")
     for value, hint in ((True, Literal[1]), ("1", bool), ([1], tuple[int, int]), ({"a": "1"}, dict[str, int])):
         with pytest.raises(TypeError):
             fitted(value, hint, "x")
@@ -172,75 +316,3 @@ def test_a_long_result_is_cut_for_the_model_only() -> None:
     assert record.result == long()
     assert record.told.endswith(f"(cut; {MAX_RESULT + 1} characters in all)")
     assert len(str(record)) < 300
-
-
-def test_the_rounds_end_with_a_request_without_functions() -> None:
-    rounds = Rounds(GenerationRequest(prompt="Add."), Toolbox([add]), limit=2)
-    call = {"name": "add", "arguments": {"a": 1}}
-    assert rounds.request.functions is not None
-    assert rounds.take([call])
-    assert rounds.request.functions is not None
-    assert rounds.take([{"function": {"name": "add", "arguments": '{"a": 2}'}}])
-    assert rounds.request.functions is None
-    assert not rounds.take([call])
-    assert [turn.to_dict() for turn in rounds.request.messages or ()] == [
-        {"role": "user", "content": "Add."},
-        {"role": "assistant", "content": '[{"name": "add", "arguments": {"a": 1}}]'},
-        {"role": "tool", "content": "3", "name": "add"},
-        {"role": "assistant", "content": '[{"name": "add", "arguments": {"a": 2}}]'},
-        {"role": "tool", "content": "4", "name": "add"},
-    ]
-    assert not Rounds(GenerationRequest(prompt="Add."), Toolbox([add])).take([])
-
-
-CALL = [head(), frame({"response": "", "tool_calls": [{"name": "add", "arguments": {"a": 40}}]}), frame("[DONE]")]
-ANSWER = [head(), frame({"response": "It is 42."}), frame("[DONE]")]
-
-
-@pytest.fixture
-def cloud(monkeypatch: pytest.MonkeyPatch) -> Any:
-    peer = Peer()
-    monkeypatch.setenv("CLOUDFLARE_ACCOUNT_ID", ACCOUNT)
-    monkeypatch.setenv("CLOUDFLARE_API_TOKEN", TOKEN)
-    monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_BASE_URL", peer.url)
-    monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL", "true")
-    yield peer
-    peer.close()
-
-
-def test_ask_runs_the_calls(cloud: Peer) -> None:
-    cloud.scripts = [CALL, ANSWER]
-    result = mistral_nb.ask("What is 40 + 2?", functions=[add], call=True)
-    assert result.text == "It is 42."
-    assert [str(record) for record in result.calls] == ["add(a=40) → 42"]
-    first, second = (seen.json for seen in cloud.seen)
-    assert first["functions"][0]["name"] == "add"
-    assert second["messages"][-1] == {"role": "tool", "content": "42", "name": "add"}
-
-
-def test_without_call_nothing_is_run(cloud: Peer) -> None:
-    cloud.scripts = [CALL]
-    ran: list[int] = []
-
-    def add(a: int) -> None:
-        ran.append(a)
-
-    result = mistral_nb.ask("What is 40 + 2?", functions=[add])
-    assert (result.finish_reason, ran, result.calls) == ("tool_calls", [], ())
-    assert result.tool_calls == ({"name": "add", "arguments": {"a": 40}},)
-
-
-def test_a_failure_after_a_call_keeps_the_calls(cloud: Peer) -> None:
-    cloud.scripts = [CALL, body({"errors": [{"message": "no", "code": 5018}], "success": False}, "403 Forbidden")]
-    with pytest.raises(BackendError) as caught:
-        mistral_nb.ask("What is 40 + 2?", functions=[add], call=True)
-    assert caught.value.result
-    assert [record.result for record in caught.value.result.calls] == [42]
-
-
-def test_call_without_functions_to_run() -> None:
-    for functions in (None, [], "add", [{"name": "add", "code": "1"}]):
-        with pytest.raises(InvalidRequest, match="functions"):
-            mistral_nb.ask("Hi", functions=functions, call=True)
-    with pytest.raises(InvalidRequest, match="max_rounds"):
-        mistral_nb.ask("Hi", functions=[add], max_rounds=3)

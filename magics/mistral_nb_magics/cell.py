@@ -111,30 +111,39 @@ class Mistral(Magics):
         from mistral_nb.calling import Rounds
 
         rounds = Rounds(call.request, call.toolbox, call.max_rounds)
-        while True:
-            result = self._answer(call, rounds.request, selection, tuple(rounds.records))
-            if not rounds.take(result.tool_calls, lambda record: print(plain_text(str(record)), flush=True)):
-                return self._finished(call, result)
+        result = rounds.converse(
+            lambda request: self._answer(call, request, selection, tuple(rounds.records)),
+            lambda record: print(plain_text(str(record)), flush=True),
+            lambda partial: self._keep(call, partial),
+        )
+        return self._finished(call, self._keep(call, result))
 
     def _answer(
         self, call: Call, request: GenerationRequest, selection: Selection, calls: tuple[CallRecord, ...] = ()
     ) -> Result:
         """One answer, shown while it comes. Where its calls are to be run, only its text is shown."""
         who = selection.backend.describe()
-        style = Style(call.format, f"Asking {who.model}", selection.why, self.footer)
+        rounds = call.max_rounds if call.toolbox is not None else 0
+        style = Style(call.format, f"Asking {who.model}", selection.why, self.footer, rounds)
         display = make_display(self._shell, style)
         with Interrupts() as interrupts, Answer(selection.backend, request) as answer:
             error = follow(answer, display, interrupts)
-            result = self.last = replace(answer.result, calls=calls)
+            result = self._keep(call, replace(answer.result, calls=calls))
             self._last_style = replace(style, waiting="")
-            if call.out:
-                self._shell.user_ns[call.out] = result
-            if call.toolbox is not None and result.tool_calls and not error and not result.text.strip():
+            to_run = result.tool_calls and call.toolbox is not None and request.functions is not None
+            if to_run and not error and not result.text.strip():
                 display.conclude("")
             else:
                 display.finish(result, error)
         if error:
             raise error
+        return result
+
+    def _keep(self, call: Call, result: Result) -> Result:
+        """`result`, as the last answer and in the variable of `-o`."""
+        self.last = result
+        if call.out:
+            self._shell.user_ns[call.out] = result
         return result
 
     def _finished(self, call: Call, result: Result) -> Result:

@@ -46,12 +46,16 @@ Bundle = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How an answer is shown: `form` is one of `FORMATS`; `waiting` stands first, `why` under the text."""
+    """How an answer is shown: `form` is one of `FORMATS`; `waiting` stands first, `why` under the text.
+
+    `rounds` is the limit of rounds of calls, 0 where none are run.
+    """
 
     form: str = "markdown"
     waiting: str = ""
     why: str = ""
     footer: bool = True
+    rounds: int = 0
 
 
 class Display(Surface, Protocol):
@@ -85,6 +89,13 @@ def mark_of(error: BaseException | None) -> str:
     if error is None:
         return ""
     return "■ stopped here" if isinstance(error, KeyboardInterrupt) else f"■ broken off here: {type(error).__name__}"
+
+
+def _limit(result: Result, style: Style) -> str:
+    """What is shown under calls that came after the last round, in which no functions were offered."""
+    if not style.rounds or not result.tool_calls or result.request.functions is not None:
+        return ""
+    return f"■ limit of {style.rounds} rounds reached: the calls above were not run"
 
 
 class NotebookDisplay:
@@ -126,7 +137,7 @@ class NotebookDisplay:
 
     def finish(self, result: Result, error: BaseException | None) -> None:
         if result.text.strip() or self._shown or isinstance(error, KeyboardInterrupt) or error is None:
-            self._publish(*final_bundle(result, self._style, mark_of(error)))
+            self._publish(*final_bundle(result, self._style, mark_of(error) or _limit(result, self._style)))
 
     def conclude(self, text: str) -> None:
         if text or self._shown:
@@ -183,7 +194,13 @@ def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, 
 
 def calls_as_json(result: Result) -> str:
     """The calls that the model asks for, as text that is safe to show; empty where there are none."""
-    return plain_text(json.dumps(result.tool_calls, indent=2, ensure_ascii=False)) if result.tool_calls else ""
+    if not result.tool_calls:
+        return ""
+    try:
+        text = json.dumps(result.tool_calls, indent=2, ensure_ascii=False)
+    except RecursionError:
+        return "(calls that are nested too deeply to be shown)"
+    return plain_text(text.encode("utf-8", "replace").decode())
 
 
 def _final_source(result: Result, form: str) -> str:
@@ -246,7 +263,8 @@ class TerminalDisplay:
             self._write("\n")
         if calls := calls_as_json(result):
             self._write(f"{calls}\n")
-        lines = [line for line in (mark_of(error), _footer(result, self._style)) if line]
+        mark = mark_of(error) or _limit(result, self._style)
+        lines = [line for line in (mark, _footer(result, self._style)) if line]
         if lines and (self._last or isinstance(error, KeyboardInterrupt) or error is None):
             self._write(_dim("\n".join(lines)) + "\n")
 

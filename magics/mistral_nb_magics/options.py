@@ -16,7 +16,7 @@ from IPython.core.error import UsageError
 from traitlets import Float, Int, TraitType, Unicode
 
 from mistral_nb.asking import make_request
-from mistral_nb.calling import MAX_ROUNDS, Toolbox
+from mistral_nb.calling import MAX_ROUNDS, Toolbox, check_rounds
 from mistral_nb.config import BACKENDS
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import FIELDS, Field, GenerationRequest
@@ -172,9 +172,10 @@ def read_call(
 
 
 def _rounds(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,3}", text) or not int(text):
-        raise UsageError(f"--max-rounds {text}: must be a whole number from 1 to 999")
-    return int(text)
+    try:
+        return check_rounds(int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text)
+    except InvalidRequest as error:
+        raise UsageError(f"--max-rounds {text}: {error.problem}") from None
 
 
 def _toolbox(given: argparse.Namespace, namespace: Mapping[str, Any]) -> Toolbox | None:

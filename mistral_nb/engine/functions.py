@@ -9,7 +9,8 @@ The functions stand at the end of the system turn, or before the first user turn
     [{"name": "NAME", "arguments": {...}}]
     The results come in the next turn. Where no function helps, answer in plain words.
 
-Calls in the conversation are the assistant's turns as they are; results are a user's turn:
+Calls in the conversation are the assistant's turns as they are, on a line of their own below what was said before them;
+results are a user's turn:
 
     Results of the functions:
     {"name": "add", "content": 3}
@@ -76,9 +77,16 @@ def in_words(messages: Sequence[Message], offer: Offer) -> list[Message]:
             _say(turns, f"\n{result}" if after_result else f"{_BLANK_LINE}{_RESULTS}{result}")
         elif message.role == "user" and after_result:
             _say(turns, f"{_BLANK_LINE}{message.content}")
+        elif message.role == "assistant" and _follows(turns, messages[index + 1 : index + 2]):
+            turns[-1] = _longer(turns[-1], f"{turns[-1].content}\n{message.content}")
         else:
             turns.append(message)
     return _with_functions(turns, offer) if offer.tools else turns
+
+
+def _follows(turns: Sequence[Message], after: Sequence[Message]) -> bool:
+    """Whether a turn stands between another of the assistant's and a result: templates want the roles to alternate."""
+    return bool(turns and turns[-1].role == "assistant" and after and after[0].role == "tool")
 
 
 def as_json(content: str) -> Any:

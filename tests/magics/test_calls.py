@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 
+from mistral_nb_magics.display import calls_as_json
 from tests.backends.scripted import Peer, frame, head
 from tests.magics.kernels import Kernel
 
@@ -73,13 +75,30 @@ def test_without_call_the_calls_are_shown_and_nothing_runs(
     assert [each["name"] for each in cloud.seen[-1].json["functions"]] == ["add", "name"]
 
 
-def test_the_rounds_are_bounded(run: RunCell, cloud: Peer, shell: InteractiveShell) -> None:
+def test_calls_that_are_nested_too_deeply_are_not_shown(run: RunCell, cloud: Peer) -> None:
+    cloud.scripts = [ANSWER]
+    result = run("%mistral Hi").result
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    calls = ({"name": "add", "arguments": {"a": nested}},)
+    assert "nested too deeply to be shown" in calls_as_json(replace(result, tool_calls=calls))
+
+
+def test_the_rounds_are_bounded(
+    run: RunCell, cloud: Peer, shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
+) -> None:
     cloud.scripts = [calling(ADD)]
     run(DEFINE)
     assert run("%mistral Hi --functions add --call --max-rounds 2").success
     assert len(cloud.seen) == 3
     assert ["functions" in seen.json for seen in cloud.seen] == [True, True, False]
     assert shell.user_ns["seen"] == [(40, 2)] * 2
+    told = capsys.readouterr().out
+    assert told.count('"name": "add"') == 1
+    assert told.index('"name": "add"') < told.index("■ limit of 2 rounds reached: the calls above were not run")
+    assert run("%mistral last").success
+    assert "■ limit of 2 rounds reached" in capsys.readouterr().out
 
 
 def test_what_goes_wrong_in_a_call_is_told_to_the_model(run: RunCell, cloud: Peer) -> None:
@@ -90,11 +109,15 @@ def test_what_goes_wrong_in_a_call_is_told_to_the_model(run: RunCell, cloud: Pee
 
 
 def test_an_interrupt_in_a_call_ends_the_cell(run: RunCell, cloud: Peer, shell: InteractiveShell) -> None:
-    cloud.scripts = [calling(ADD), ANSWER]
-    run("def add(a: int):\n    raise KeyboardInterrupt")
-    result = run("%mistral Hi --functions add --call")
+    cloud.scripts = [calling(ADD), calling(ADD, {"name": "stop", "arguments": {}}), ANSWER]
+    run(f"{DEFINE}\ndef stop():\n    raise KeyboardInterrupt")
+    result = run("%mistral Hi --functions add,stop --call -o answer")
     assert isinstance(result.error_in_exec, KeyboardInterrupt)
-    assert len(cloud.seen) == 1
+    assert len(cloud.seen) == 2
+    kept = shell.user_ns["answer"]
+    assert [record.result for record in kept.calls] == [42, 42]
+    assert run("%mistral last").result is kept
+    assert result.error_in_exec.result is kept  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -127,3 +150,13 @@ def test_in_a_kernel_the_outputs_come_in_order(cloud: Peer, kernel: Kernel) -> N
     assert shown[0] == "add(a=40) → 42\n"
     assert shown[-1].startswith("It is 42.")
     assert "(empty)" not in "".join(shown)
+
+
+def test_at_the_limit_a_kernel_shows_the_calls(cloud: Peer, kernel: Kernel) -> None:
+    cloud.scripts = [calling(ADD)]
+    assert kernel.run(DEFINE).status == "ok"
+    reply = kernel.run("%%mistral --functions add --call --max-rounds 1\nWhat is 40 + 2?")
+    assert reply.status == "ok"
+    last = reply.outputs[-1].plain
+    assert '"name": "add"' in last
+    assert "■ limit of 1 rounds reached: the calls above were not run" in last
