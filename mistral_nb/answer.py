@@ -156,6 +156,7 @@ class Answer:
         self._last = Chunk()
         self._model: str | None = None
         self._instead_of: str | None = None
+        self._request_id: str | None = None
         self._started = time.perf_counter()
         self._first: float | None = None
         self._ended: float | None = None
@@ -176,6 +177,7 @@ class Answer:
             self._parts.append(chunk.text)
         self._model = chunk.model or self._model
         self._instead_of = chunk.instead_of or self._instead_of
+        self._request_id = chunk.request_id or self._request_id
         if chunk.finish_reason:
             self._last = chunk
             self._end(chunk.finish_reason)
@@ -216,7 +218,7 @@ class Answer:
             timings=self._timings(self._last.usage),
             tool_calls=self._last.tool_calls,
             neurons=self._last.neurons,
-            request_id=self._last.request_id,
+            request_id=self._request_id,
         )
 
     def _served_by(self) -> Description:

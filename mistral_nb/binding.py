@@ -9,6 +9,7 @@ from typing import Any
 
 from mistral_nb.answer import Answer, Result
 from mistral_nb.asking import read_to_end
+from mistral_nb.backends.wire import mended
 from mistral_nb.config import load_settings
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import Chunk, GenerationRequest
@@ -97,4 +98,4 @@ def _told(end: Chunk | Result) -> dict[str, Any]:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + mended(json.dumps(data, ensure_ascii=False, separators=(",", ":"))).encode() + b"\n\n"

@@ -263,6 +263,8 @@ def _awaited(awaitable: Any) -> Any:
         try:
             outcome.extend((True, loop.run_until_complete(task)))
         except BaseException as error:  # raised again in the caller's thread
+            if task.done() and not task.cancelled():
+                task.exception()  # the loop passes an interrupt on and leaves the task's own copy to be complained of
             outcome.extend((False, error))
         finally:
             loop.close()

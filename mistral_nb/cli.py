@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         action="append",
         default=[],
-        help="answer requests that name this host too, as behind a proxy; repeatable",
+        help="answer requests that name this host too; behind a proxy that ends TLS and passes the Host header on, "
+        "give the origin that browsers see, as https://play.example.org; repeatable",
     )
     serve.add_argument(
         "--max-requests",

@@ -66,23 +66,33 @@ class InvalidRequest(MistralError):
         self.field = field
         self.value = value
         self.problem = problem
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field} = {shown}: {problem}")
+        super().__init__(f"{_cut(field)} = {_cut(repr(value))}: {problem}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.problem), self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.__dict__, "args": self.args}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class ContextOverflow(InvalidRequest):
-    """The prompt has `prompt_tokens`; the model's context holds `limit` tokens."""
+    """The prompt has `prompt_tokens`; the model's context holds `limit` tokens. `field` is what it was sent in."""
 
-    def __init__(self, prompt_tokens: int, limit: int) -> None:
+    def __init__(self, prompt_tokens: int, limit: int, field: str = "prompt") -> None:
         self.prompt_tokens = prompt_tokens
         self.limit = limit
         super().__init__(
-            "prompt",
+            field,
             f"{prompt_tokens} tokens",
             f"does not fit the context of {limit} tokens; shorten it or choose a model with a longer context",
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.prompt_tokens, self.limit, self.field), self._state()
 
 
 class ConfigurationError(MistralError):

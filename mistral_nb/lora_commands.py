@@ -106,7 +106,7 @@ def _push(options: argparse.Namespace) -> int:
             progress=bar.show,
         )
         adapter = task.run()
-    print(pushed(adapter, task.untried))
+    print(pushed(adapter, task.untried, task.doubt))
     return 0
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "all_records",
     "is_engine",
     "is_loopback",
+    "is_lost",
     "is_running",
     "log_path",
     "process_alive",
@@ -149,6 +150,19 @@ def write_record(record: EngineRecord) -> None:
             raise
 
 
+def is_lost(record: EngineRecord) -> bool:
+    """Whether the runtime folder holds `record` no more: no file of it, or another one's.
+
+    False where that cannot be told now, as in a process that may open no more files.
+    """
+    try:
+        return _decode(record_path(record.model).read_bytes()) != record
+    except FileNotFoundError:
+        return True
+    except (OSError, ConfigurationError):
+        return False
+
+
 def remove_record(record: EngineRecord) -> bool:
     """Remove `record` from the runtime folder unless another process has replaced it. True when it was there."""
     current = read_record(record.model)
@@ -233,10 +247,18 @@ def _stem(model: str) -> str:
 
 
 def _parse(path: Path) -> EngineRecord | None:
-    """The record in a file; None where there is no file or no record in it. Keys of later versions are left out."""
+    """The record in a file; None where there is no file or no record in it."""
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _decode(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _decode(text: bytes) -> EngineRecord | None:
+    """The record in a file's text; None where it holds none. Keys of later versions are left out."""
+    try:
+        data: Any = json.loads(text.decode())
+    except ValueError:
         return None
     if not isinstance(data, dict):
         return None

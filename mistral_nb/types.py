@@ -306,9 +306,9 @@ class Chunk:
 
     `status` is a transient line such as "Loading the model" before the first text. The last chunk carries
     `finish_reason`, `usage` where the peer told it, and `tool_calls` where the reason is `tool_calls`. `model` is set
-    once the peer has said which model answers. `neurons` (Cloudflare's unit of cost) and `request_id` come on the last
-    chunk, where the peer told them. `instead_of` is the model that was asked for, where its peer has withdrawn it and
-    `model` answers in its place.
+    once the peer has said which model answers. `neurons` (Cloudflare's unit of cost) comes on the last chunk and
+    `request_id` on that and the first text, where the peer told them. `instead_of` is the model that was asked for,
+    where its peer has withdrawn it and `model` answers in its place.
     """
 
     text: str = ""

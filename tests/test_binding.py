@@ -49,6 +49,15 @@ def events(stream: Iterator[bytes]) -> list[Any]:
     return found
 
 
+def test_half_a_character_is_no_failure(ai: AI, peer: Peer) -> None:
+    calls = b'data: {"tool_calls":[{"name":"f","arguments":{"x":"\\ud83d"}}]}\n\n'
+    peer.scripts = [
+        [head(), b'data: {"response":"\\ud83d"}\n\ndata: {"response":"\\ude00"}\n\n', calls, frame("[DONE]")],
+    ]
+    end = {"response": "", "tool_calls": [{"name": "f", "arguments": {"x": "�"}}]}
+    assert events(ai.run(MODEL, {"prompt": "Hi", "stream": True})) == [{"response": "😀"}, end, "[DONE]"]
+
+
 def test_the_inputs_go_to_the_model_that_is_named_as_they_are(ai: AI, peer: Peer) -> None:
     peer.scripts = [body({"result": {"response": "Hello", "usage": USAGE}, "success": True})]
     inputs = {"messages": [{"role": "user", "content": "Grüezi"}], "raw": "true", "lora": "mine", "seed": 7}

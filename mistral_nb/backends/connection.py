@@ -49,7 +49,7 @@ class Connection:
         self.key = key
         self.idle_since = 0.0
         self._stream: Any = None
-        self._fresh = False
+        self._reused = False
         try:
             self._client = httpx.Client(
                 trust_env=not direct,
@@ -74,9 +74,9 @@ class Connection:
         return found if found is not None and found.fileno() >= 0 else None
 
     @property
-    def fresh(self) -> bool:
-        """Whether the socket was opened for the latest request."""
-        return self._fresh
+    def reused(self) -> bool:
+        """Whether the latest request went over a socket of an earlier one, with no attempt at another."""
+        return self._reused
 
     def send(self, method: str, url: str, token: Secret | None, line: Line, **options: Any) -> httpx.Response:
         """The response once its headers are there. Raises what `httpx` raises.
@@ -92,8 +92,10 @@ class Connection:
             return outgoing
 
         def trace(event: str, info: dict[str, Any]) -> None:
-            if event.endswith("connect_tcp.complete"):
-                self._fresh, self._stream = True, info["return_value"]
+            if event.endswith("connect_tcp.started"):
+                self._reused = False
+            elif event.endswith("connect_tcp.complete"):
+                self._stream = info["return_value"]
                 line.attach(self._stream.get_extra_info("socket"))
             elif event.endswith("start_tls.complete"):
                 self._stream = info["return_value"]
@@ -102,8 +104,9 @@ class Connection:
             elif event == "http11.send_request_headers.complete":
                 _unsign(signed)
 
-        self._fresh = False
-        if (open_socket := self.socket) is not None:
+        open_socket = self.socket
+        self._reused = open_socket is not None
+        if open_socket is not None:
             line.attach(open_socket)
         request = self._client.build_request(method, url, extensions={"trace": trace}, **options)
         try:
@@ -222,7 +225,7 @@ def send(
         try:
             response = connection.send(method, url, token, line, **options)
         except httpx.TransportError:
-            if connection.fresh or line.hung_up or line.expired:
+            if not connection.reused or line.hung_up or line.expired:
                 raise
             _POOL.discard(connection)
             connection = _POOL.take(url, direct, fresh=True)

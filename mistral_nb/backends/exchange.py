@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,17 +24,23 @@ from mistral_nb.backends.pump import Emit, HungUp, Line
 from mistral_nb.backends.retry import NotListening, Retries
 from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames, peer_failure
 from mistral_nb.config import Secret, Settings
-from mistral_nb.errors import ConnectionFailed, MistralError, RequestTimeout, StreamTruncated
+from mistral_nb.errors import BackendError, ConnectionFailed, MistralError, RequestTimeout, StreamTruncated
+from mistral_nb.foreign import clean, plain, plain_lines
 from mistral_nb.runtime import is_loopback
-from mistral_nb.types import Chunk, GenerationRequest
+from mistral_nb.types import Chunk, FinishReason, GenerationRequest
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Exchange", "NotListening", "Timeouts", "broken"]
+__all__ = ["Exchange", "NotListening", "Timeouts", "broken", "said_by", "target"]
 
 MODEL_HEADER = "x-mistral-nb-model"
 _REQUEST_IDS = ("cf-ai-req-id", "cf-ray", "x-request-id")
+_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# Characters of a peer's message that are shown.
+_MESSAGE = 500
+# What a line of server-sent events begins with.
+_SSE = (b"data", b"event", b"id", b"retry", b":", b"\xef\xbb\xbf")
 _ERROR_BYTES = 1 << 20
 _BODY_BYTES = 64 << 20
 # What may follow the end mark while the connection stays good for the next request: bytes and seconds.
@@ -62,7 +70,8 @@ class Exchange:
     The token, where there is one, goes to `url` alone: no redirect is followed. `retry_deadline` is in seconds, 0 for
     one try. `engine` marks a mistral-nb server, whose error messages are whole. Plain HTTP to this machine sees no
     proxy. `explain` makes the error of what the peer said. `request` and `model` are what was asked, for the messages
-    and for `max_tokens`; `frames_tell_model` where OpenAI's frames are believed in who answers.
+    and for `max_tokens`. `header_tells_model` and `frames_tell_model` are where a mistral-nb server's header, and
+    OpenAI's frames, are believed in who answers.
     """
 
     peer: str
@@ -75,6 +84,7 @@ class Exchange:
     retry_deadline: float = 0
     engine: bool = False
     explain: Callable[[Failure], MistralError] = to_error
+    header_tells_model: bool = False
     frames_tell_model: bool = False
 
     @property
@@ -99,6 +109,7 @@ class Exchange:
                 return
             again = None if live.begun or line.hung_up else retries.next(failure, live.retry_after)
             if again is None:
+                live.end(failure)
                 raise failure
             wait, status = again
             line.release()
@@ -140,17 +151,16 @@ class Exchange:
         self, said: PeerFailure, status: int | None = None, retry_after: str | None = None, trace: str | None = None
     ) -> MistralError:
         """The error of what the peer said."""
+        words = said_by(said.message, self.token, engine=self.engine)
         return self.explain(
-            Failure(
-                self.peer, self.model, self.request, said.message, said.code, status, retry_after, trace, self.engine
-            )
+            Failure(self.peer, self.model, self.request, words, said.code, status, retry_after, trace, self.engine)
         )
 
     def _broken(self, error: Exception, live: _Live) -> MistralError:
         """The error for a connection that was not made or did not last."""
         if live.line.expired:
             return RequestTimeout(live.line.expired)
-        detail, not_made = broken(self.who, error, self.timeouts.connect)
+        detail, not_made = broken(self.who, error, self.timeouts.connect, self.token)
         if not_made:
             return not_made
         if live.begun:
@@ -158,12 +168,26 @@ class Exchange:
         return ConnectionFailed(f"{self.peer} broke the connection before the first text ({detail}). Try again")
 
 
-def broken(who: str, error: Exception, connect: float) -> tuple[str, MistralError | None]:
+def said_by(message: str, token: Secret | None, *, engine: bool) -> str:
+    """A peer's message, fit to be shown: a mistral-nb server's in its own lines, anybody else's on one."""
+    return plain_lines(message) if engine else clean(message, token, _MESSAGE)
+
+
+def target(response: httpx.Response) -> str:
+    """Where a redirect leads, in words."""
+    try:
+        host = urlsplit(response.headers["location"]).netloc.rpartition("@")[2]
+    except ValueError:
+        return "what is no address"
+    return clean(host) or "another path"
+
+
+def broken(who: str, error: Exception, connect: float, token: Secret | None = None) -> tuple[str, MistralError | None]:
     """What went wrong with a connection, in words, and the error if it was never made. `connect` is in seconds."""
     import httpx
 
     # A local protocol error quotes the headers.
-    detail = type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else str(error)
+    detail = type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else clean(error, token)
     if isinstance(error, httpx.ConnectTimeout):
         return detail, RequestTimeout(
             f"{who} took no connection within {connect:g} s. Check the network, or raise connect_timeout"
@@ -186,6 +210,9 @@ class _Live:
         self._exchange = exchange
         self._emit = emit
         self._model: str | None = None
+        self._neurons: float | None = None
+        self._reading = Reading()
+        self._framed = False
         self._noted = 0.0
         peer, limit = exchange.peer, exchange.timeouts.stall
         self._silence = f"{peer} fell silent for {limit:g} s. Ask again, or raise stall_timeout"
@@ -199,51 +226,59 @@ class _Live:
     def read(self, response: httpx.Response) -> None:
         """Emit the text and the last chunk. Raises `PeerFailure`, `MistralError` and what `httpx` raises."""
         headers = response.headers
-        self.request_id = next((headers[name] for name in _REQUEST_IDS if headers.get(name)), None)
-        self._model = unquote(headers.get(MODEL_HEADER, "")) or None
+        self.request_id = next((one for name in _REQUEST_IDS if _ID.fullmatch(one := headers.get(name, ""))), None)
+        if self._exchange.header_tells_model:
+            self._model = plain(unquote(headers.get(MODEL_HEADER, ""))) or None
+        self._neurons = _number(headers.get("cf-ai-neurons"))
         arriving = response.iter_bytes() if headers.get("content-encoding") else response.iter_raw()
         parts = self._watched(arriving)
         if not response.is_success:
             raise self._rejected(response, parts)
         head = next((part for part in parts if part.strip()), b"")
         body = itertools.chain((head,), parts)
-        reading = Reading()
+        reading = self._reading
         if head.lstrip().startswith(b"{"):
-            self._say(reading.body(_all_of(body)), reading)
-        elif not self._follow(frames(body), reading):
-            raise RequestTimeout(self.line.expired) if self.line.expired else self.truncated("no end mark")
-        self._told(reading)
-        last = reading.last(self._exchange.request.max_tokens)
-        neurons = _number(headers.get("cf-ai-neurons"))
-        self._emit(
-            replace(
-                last,
-                model=self._model,
-                request_id=self.request_id,
-                neurons=last.neurons if neurons is None else neurons,
-            )
-        )
+            self._say(reading.body(_all_of(body)))
+        elif not self._follow(frames(body)):
+            raise self._without_end(head, headers.get("content-type", ""))
+        self._told()
+        self._emit(replace(self._last(), model=self._model))
         self._finish(arriving)
 
-    def _follow(self, data: Iterable[str], reading: Reading) -> bool:
+    def _last(self) -> Chunk:
+        """The last chunk with what the answer cost, as far as the peer has told it."""
+        last = self._reading.last(self._exchange.request.max_tokens)
+        neurons = _finite(last.neurons) if self._neurons is None else self._neurons
+        return replace(last, request_id=self.request_id, neurons=neurons)
+
+    def end(self, failure: MistralError) -> None:
+        """Emit the last chunk of an answer that has begun and does not end well. Its calls may lack pieces."""
+        if self.begun and not self.line.hung_up:
+            reason: FinishReason = "truncated" if isinstance(failure, StreamTruncated) else "error"
+            self._emit(replace(self._last(), finish_reason=reason, tool_calls=()))
+
+    def _follow(self, data: Iterable[str]) -> bool:
         """Say each frame. True once the end mark has come."""
         for frame in data:
             if frame.strip() == DONE:
                 return True
-            self._say(reading.frame(frame), reading)
+            self._framed = True
+            self._say(self._reading.frame(frame))
         return False
 
-    def _say(self, text: str, reading: Reading) -> None:
-        if text:
-            if not self.begun:
-                self.begun = True
-                self._told(reading)
-                self._still_there()
-            self._emit(Chunk(text=text, model=self._model))
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        if self.begun:
+            return self._emit(Chunk(text=text, model=self._model))
+        self._told()
+        self._still_there()
+        self._emit(Chunk(text=text, model=self._model, request_id=self.request_id))
+        self.begun = True
 
-    def _told(self, reading: Reading) -> None:
-        if self._exchange.frames_tell_model:
-            self._model = self._model or reading.model
+    def _told(self) -> None:
+        if self._exchange.frames_tell_model and isinstance(self._reading.model, str):
+            self._model = self._model or plain(self._reading.model) or None
 
     def _watched(self, parts: Iterable[bytes]) -> Iterator[bytes]:
         for part in parts:
@@ -266,6 +301,20 @@ class _Live:
                 left -= len(part)
         self.line.release()
 
+    def _without_end(self, head: bytes, kind: str) -> MistralError:
+        """The error for a body without an end mark, which begins with `head`."""
+        if self.line.expired:
+            return RequestTimeout(self.line.expired)
+        start = head.lstrip()
+        if not start or self._framed or any(start.startswith(name[: len(start)]) for name in _SSE):
+            return self.truncated("no end mark")
+        told = f" ({clean(kind)})" if kind else ""
+        return BackendError(
+            f"{self._exchange.who} answers with what is no event stream{told}. Check its address, and whether the "
+            "network wants a login first",
+            status=200,
+        )
+
     def truncated(self, detail: str) -> StreamTruncated:
         return StreamTruncated(
             f"{self._exchange.peer} broke the answer off before its end ({detail}); the text so far is kept. Ask again"
@@ -281,8 +330,7 @@ class _Live:
         except (ValueError, RecursionError):
             said = None
         if response.has_redirect_location:
-            where = urlsplit(response.headers["location"]).netloc or "another path"
-            said = PeerFailure(f"it redirects to {where}, where the request and the token are not sent")
+            said = PeerFailure(f"it redirects to {target(response)}, where the request and the token are not sent")
         header = response.headers.get("retry-after")
         self.retry_after = seconds(header)
         return self._exchange.failed(
@@ -304,6 +352,10 @@ def _all_of(parts: Iterable[bytes]) -> str:
 
 def _number(header: str | None) -> float | None:
     try:
-        return float(header) if header else None
+        return _finite(float(header)) if header else None
     except ValueError:
         return None
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

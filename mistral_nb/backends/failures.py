@@ -28,6 +28,9 @@ from mistral_nb.types import FIELDS, GenerationRequest
 __all__ = ["Failure", "Withdrawn", "seconds", "to_error"]
 
 
+_LONGEST = 10 * 365 * 86400.0
+
+
 class Withdrawn(ModelError):
     """The peer has served the model once, and does so no more."""
 
@@ -62,7 +65,7 @@ class Failure:
         if self.engine:
             return self.message
         text = re.sub(r"^(AiError:\s*)+", "", self.message.strip())
-        text = re.sub(r"\s*\([0-9a-f]{8}-[0-9a-f-]{27}\)$", "", text).rstrip(".")
+        text = re.sub(r"\([0-9a-f]{8}-[0-9a-f-]{27}\)$", "", text).rstrip().rstrip(".")
         marks = [
             f"code {self.code}" if self.code and self.code != self.status else "",
             f"HTTP {self.status}" if self.status else "",
@@ -131,8 +134,11 @@ def _invalid(failure: Failure) -> MistralError:
 
 
 _OVERFLOWS = (
-    re.compile(r"prompt = '(\d+) tokens': does not fit the context of (\d+) tokens"),
-    re.compile(r"number of input and maximum output tokens \(([\d,]+)\) exceeded .*?context window \w*\s*\(([\d,]+)"),
+    re.compile(r"(?:prompt|messages) = '(\d{1,9}) tokens': does not fit the context of (\d{1,9}) tokens"),
+    re.compile(
+        r"number of input and maximum output tokens \((\d[\d,]{0,11})\) exceeded .{0,80}?"
+        r"context window \w{0,20}\s?\((\d[\d,]{0,11})\b"
+    ),
 )
 
 
@@ -141,7 +147,7 @@ def _overflow(failure: Failure) -> MistralError:
     found = next((match for form in _OVERFLOWS if (match := form.search(failure.message))), None)
     if failure.code == 5021 and found:
         prompt_tokens, limit = (int(number.replace(",", "")) for number in found.groups())
-        return ContextOverflow(prompt_tokens, limit)
+        return ContextOverflow(prompt_tokens, limit, "prompt" if failure.request.prompt else "messages")
     size = sum(len(message.content) for message in failure.request.messages or ()) or len(failure.request.prompt or "")
     return InvalidRequest(
         "prompt", f"{size} characters", f"is too long for {failure.model} ({failure.said}); shorten it or max_tokens"
@@ -157,14 +163,14 @@ def _other(failure: Failure) -> MistralError:
 
 
 def seconds(header: str | None) -> float | None:
-    """Seconds to wait from a Retry-After header, which holds seconds or a date."""
+    """Seconds to wait from a Retry-After header, which holds seconds or a date: 10 years at most."""
     if not header:
         return None
     if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
-        return float(header)
+        return min(float(header), _LONGEST)
     try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
-    except ValueError:
+        return min(max(0.0, parsedate_to_datetime(header).timestamp() - time()), _LONGEST)
+    except (ValueError, OverflowError, TypeError, IndexError):
         return None
 
 

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from mistral_nb import __version__
 from mistral_nb.backends.connection import send
-from mistral_nb.backends.exchange import Timeouts, broken
+from mistral_nb.backends.exchange import Timeouts, broken, target
+from mistral_nb.backends.failures import seconds
 from mistral_nb.backends.pump import Emit, HungUp, Line
 from mistral_nb.backends.retry import Retries
 from mistral_nb.config import Secret
@@ -19,7 +20,7 @@ from mistral_nb.errors import BackendError, ConfigurationError, ConnectionFailed
 from mistral_nb.runtime import is_loopback
 from mistral_nb.types import Chunk
 
-__all__ = ["Peer", "check_address", "patiently"]
+__all__ = ["Asked", "Peer", "check_address", "patiently"]
 
 _LARGEST = 8 << 20
 _LABEL = "[A-Za-z0-9_-]{1,63}"
@@ -27,6 +28,13 @@ _PATH = r"(/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?"
 _ADDRESS = re.compile(rf"https?://(\[[0-9A-Fa-f:.]+\]|{_LABEL}(\.{_LABEL})*)(:[0-9]{{1,5}})?{_PATH}")
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Asked:
+    """How many seconds the latest answer asks to `wait`, None where it does not say."""
+
+    wait: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +52,14 @@ class Peer:
         parts = urlsplit(self.base_url)
         return parts.scheme == "http" and is_loopback(parts.hostname or "")
 
-    def get(self, path: str, line: Line) -> tuple[int, Any]:
-        """The HTTP status and the JSON of the answer, None where it is no JSON.
+    def get(self, path: str, line: Line, asked: Asked) -> tuple[int, Any]:
+        """The HTTP status and the JSON of the answer, None where it is no JSON. `asked` takes its Retry-After.
 
         Raises `ConnectionFailed`, `RequestTimeout` and `BackendError`, and `HungUp` once `line` is.
         """
         import httpx
 
+        asked.wait = None
         limit = self.timeouts.first_token
         line.within(limit, f"{self.name} did not answer within {limit:g} s. Try again, or raise first_token_timeout")
         failure: MistralError
@@ -64,10 +73,10 @@ class Peer:
                 direct=self.direct,
                 headers={"Accept": "application/json", "User-Agent": f"mistral-nb/{__version__}"},
             ) as response:
+                asked.wait = seconds(response.headers.get("retry-after"))
                 if response.has_redirect_location:
-                    where = urlsplit(response.headers["location"]).netloc or "another path"
                     raise BackendError(
-                        f"{self.name} redirects to {where}, where the token is not sent. Set its address"
+                        f"{self.name} redirects to {target(response)}, where the token is not sent. Set its address"
                     )
                 return response.status_code, self._json(response)
         except (httpx.TransportError, httpx.DecodingError) as error:
@@ -86,26 +95,26 @@ class Peer:
                 )
         try:
             return json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def _broken(self, error: Exception, line: Line) -> MistralError:
         if line.expired:
             return RequestTimeout(line.expired)
-        detail, not_made = broken(self.name, error, self.timeouts.connect)
+        detail, not_made = broken(self.name, error, self.timeouts.connect, self.token)
         return not_made or ConnectionFailed(
             f"{self.name} broke the connection before it answered ({detail}). Try again"
         )
 
 
-def patiently(attempt: Callable[[], T], deadline: float, line: Line, emit: Emit) -> T:
+def patiently(attempt: Callable[[Asked], T], deadline: float, line: Line, emit: Emit) -> T:
     """What `attempt` gives, tried again as an answer is: within `deadline` seconds, with a status while it waits."""
-    retries = Retries(deadline)
+    retries, asked = Retries(deadline), Asked()
     while True:
         try:
-            return attempt()
+            return attempt(asked)
         except MistralError as error:
-            again = None if line.hung_up else retries.next(error)
+            again = None if line.hung_up else retries.next(error, asked.wait)
             if again is None:
                 raise
         wait, status = again

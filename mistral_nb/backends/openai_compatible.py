@@ -6,15 +6,16 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from mistral_nb.backends.exchange import Exchange, Timeouts
+from mistral_nb.backends.exchange import Exchange, Timeouts, said_by
 from mistral_nb.backends.failures import Failure
-from mistral_nb.backends.lookup import Peer, check_address, patiently
+from mistral_nb.backends.lookup import Asked, Peer, check_address, patiently
 from mistral_nb.backends.openai_wire import assemble, body_of, explain, path_of
 from mistral_nb.backends.pump import Emit, Line, Pump
 from mistral_nb.backends.wire import peer_failure
 from mistral_nb.config import USE_LOCAL, Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import BackendError, ConfigurationError, InvalidRequest
+from mistral_nb.foreign import plain
 from mistral_nb.types import Chunk, Description, GenerationRequest
 
 __all__ = ["OpenAICompatible", "openai_compatible"]
@@ -41,7 +42,7 @@ class OpenAICompatible:
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         started = time.monotonic()
         if self._model is None:
-            self._model = patiently(lambda: self._only(request, line), self._retry_deadline, line, emit)
+            self._model = patiently(lambda asked: self._only(request, line, asked), self._retry_deadline, line, emit)
 
         model = self._model
 
@@ -75,22 +76,24 @@ class OpenAICompatible:
             raise InvalidRequest("lora", request.lora, problem)
         return replace(chunk, model=_title(told))
 
-    def _only(self, request: GenerationRequest, line: Line) -> str:
+    def _only(self, request: GenerationRequest, line: Line, asked: Asked) -> str:
         """The one model of the server's list. `ConfigurationError` names them where there are more."""
-        status, data = self._peer.get("/models", line)
+        status, data = self._peer.get("/models", line, asked)
         listed = data.get("data") if isinstance(data, dict) else None
         if status != 200 or not isinstance(listed, list):
             said = peer_failure(data) if isinstance(data, dict) else None
-            told = said.message if said else "it lists no models"
+            told = said_by(said.message, self._peer.token, engine=False) if said else "it lists no models"
             raise explain(Failure(self._peer.name, "its models", request, told, None, status))
-        names = [
-            str(entry["id"]) for entry in listed if isinstance(entry, dict) and "id" in entry and not _adapter(entry)
+        names: list[str] = [
+            entry["id"]
+            for entry in listed
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str) and not _adapter(entry)
         ]
         if len(names) == 1:
             return names[0]
         if not names:
             raise BackendError(f"{self._peer.name} serves no model. Start it with one, or name one: --model NAME")
-        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        shown = ", ".join(map(plain, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise ConfigurationError(f"{self._peer.name} serves several models. Name one with --model: {shown}")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 from mistral_nb.backends.failures import Failure, to_error
+from mistral_nb.backends.wire import mended
 from mistral_nb.errors import (
     AuthenticationError,
     BackendError,
@@ -73,7 +76,7 @@ def _sampling(request: GenerationRequest) -> dict[str, Any]:
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The conversation. An assistant's turn that `tool` turns follow is the JSON of its calls: it becomes calls with
-    ids, and each result names the call that it answers.
+    ids, beside the text of an assistant's turn before it, and each result names the call that it answers.
     """
     turns: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []
@@ -87,7 +90,8 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             calls = _calls_in(message.content)
             ids = [f"call{number:03d}{place:02d}" for place in range(len(calls))]
             waiting = [(call["name"], its_id) for call, its_id in zip(calls, ids, strict=True)]
-            turns.append({"role": "assistant", "content": None, "tool_calls": list(map(_call, calls, ids))})
+            beside = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
+            turns.append({"role": "assistant", "content": beside, "tool_calls": list(map(_call, calls, ids))})
         else:
             turns.append(dict(message.to_dict()))
     return turns
@@ -119,10 +123,11 @@ def _result(message: Message, waiting: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def assemble(pieces: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Calls as {"name", "arguments"} from `tool_calls` deltas in the order in which they came.
+    """Calls as {"name", "arguments"} from `tool_calls` deltas, by their index and then as they came.
 
-    Pieces of one call share its index; a new id begins a new call, and a piece without an index is a call of its own.
-    Arguments are an object; text that is no JSON object, as of a call that was cut off, stays a text.
+    Pieces of one call share its index; a new id begins a new call, and a piece without an index is a call of its own,
+    after those with one. Arguments are an object; text that is no JSON object, as of a call that was cut off, stays a
+    text.
     """
     calls: list[dict[str, Any]] = []
     open_calls: dict[int, dict[str, Any]] = {}
@@ -132,22 +137,26 @@ def assemble(pieces: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
         told = function if isinstance(function, Mapping) else piece
         call = open_calls.get(index) if isinstance(index, int) else None
         if call is None or (its_id and call["id"] and its_id != call["id"]):
-            call = {"id": its_id, "name": "", "arguments": ""}
+            call = {"id": its_id, "name": "", "arguments": "", "place": index if isinstance(index, int) else math.inf}
             calls.append(call)
             if isinstance(index, int):
                 open_calls[index] = call
-        call["name"] = call["name"] or told.get("name") or ""
-        more = told.get("arguments") or ""
-        call["arguments"] = call["arguments"] + more if isinstance(more, str) else more
+        name, more = told.get("name"), told.get("arguments")
+        call["name"] = call["name"] or (mended(name) if isinstance(name, str) else "")
+        if isinstance(more, str) and isinstance(call["arguments"], str):
+            call["arguments"] += more
+        elif isinstance(more, dict):
+            call["arguments"] = more
+    calls.sort(key=itemgetter("place"))
     return tuple({"name": call["name"], "arguments": _arguments(call["arguments"])} for call in calls)
 
 
-def _arguments(given: Any) -> Any:
-    if not isinstance(given, str):
-        return given
+def _arguments(given: str | dict[str, Any]) -> str | dict[str, Any]:
+    given = mended(given) if isinstance(given, str) else given
     try:
-        value = json.loads(given or "{}")
-    except ValueError:
+        value = json.loads(given or "{}") if isinstance(given, str) else given
+        value = json.loads(mended(json.dumps(value, ensure_ascii=False)))
+    except (ValueError, RecursionError):
         return given
     return value if isinstance(value, dict) else given
 
@@ -155,10 +164,10 @@ def _arguments(given: Any) -> Any:
 _TOO_LONG = re.compile(
     r"context.length|context.size|context.window|maximum model length|does not fit the context", re.IGNORECASE
 )
-_LIMIT = re.compile(r"(?:context (?:length|size) (?:is |of |\()|model length of |context of |model with )(\d+)")
+_LIMIT = re.compile(r"(?:context (?:length|size) (?:is |of |\()|model length of |context of |model with )(\d{1,9})\b")
 _PROMPT = re.compile(
-    r"(?P<a>\d+) in the (?:messages|prompt)|(?:contains|resulted in|request has)(?: at least)? (?P<b>\d+)"
-    r"|\((?:length )?(?P<c>\d+)(?: tokens)?\) (?:is longer|exceeds)|(?P<d>\d+) tokens': does not fit"
+    r"\b(?P<a>\d{1,9}) in the (?:messages|prompt)|(?:contains|resulted in|request has)(?: at least)? (?P<b>\d{1,9})\b"
+    r"|\((?:length )?(?P<c>\d{1,9})(?: tokens)?\) (?:is longer|exceeds)|\b(?P<d>\d{1,9}) tokens': does not fit"
 )
 _NAMED_FIELD = re.compile(rf"\b({'|'.join(field.name for field in FIELDS)})\b")
 _KEY = "Check openai_api_key (MISTRAL_NB_OPENAI_API_KEY)"

@@ -123,7 +123,7 @@ class Pump:
     """The `ChunkStream` of `produce(line, emit)`, which runs in a thread of its own.
 
     `produce` emits status, text and one last chunk, or raises; it looks at `line` where it waits. Its error, if a
-    `MistralError` after the first text, becomes a last chunk first.
+    `MistralError` after the first text, becomes a last chunk first where `produce` has emitted none.
     """
 
     def __init__(self, produce: Produce) -> None:
@@ -173,11 +173,12 @@ class Pump:
 
 
 def _run(produce: Produce, line: Line, queue: SimpleQueue[Any]) -> None:
-    begun = False
+    begun = ended = False
 
     def emit(chunk: Chunk) -> None:
-        nonlocal begun
+        nonlocal begun, ended
         begun = begun or bool(chunk.text)
+        ended = ended or chunk.finish_reason is not None
         queue.put(chunk)
 
     try:
@@ -185,7 +186,7 @@ def _run(produce: Produce, line: Line, queue: SimpleQueue[Any]) -> None:
     except HungUp:
         return
     except BaseException as error:  # handed to the caller's thread, which raises it
-        if begun and isinstance(error, MistralError):
+        if begun and not ended and isinstance(error, MistralError):
             queue.put(Chunk(finish_reason="truncated" if isinstance(error, StreamTruncated) else "error"))
         queue.put(error)
     finally:

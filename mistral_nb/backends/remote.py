@@ -6,15 +6,16 @@ import time
 from dataclasses import replace
 from urllib.parse import quote
 
-from mistral_nb.backends.exchange import Exchange, Timeouts
+from mistral_nb.backends.exchange import Exchange, Timeouts, said_by
 from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.local import STANDS_IN_FOR, title
-from mistral_nb.backends.lookup import Peer, check_address, patiently
+from mistral_nb.backends.lookup import Asked, Peer, check_address, patiently
 from mistral_nb.backends.pump import Emit, Line, Pump
 from mistral_nb.backends.wire import peer_failure
 from mistral_nb.config import Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import BackendError, ConfigurationError
+from mistral_nb.foreign import plain
 from mistral_nb.models import find_known
 from mistral_nb.types import Chunk, Description, GenerationRequest
 
@@ -45,7 +46,7 @@ class Remote:
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         started = time.monotonic()
         if self._model is None:
-            self._model = patiently(lambda: self._held(request, line), self._retry_deadline, line, emit)
+            self._model = patiently(lambda asked: self._held(request, line, asked), self._retry_deadline, line, emit)
 
         def pass_on(chunk: Chunk) -> None:
             emit(replace(chunk, model=title(chunk.model)) if chunk.model else chunk)
@@ -60,21 +61,23 @@ class Remote:
             timeouts=self._peer.timeouts,
             retry_deadline=max(0.0, self._retry_deadline - (time.monotonic() - started)),
             engine=True,
+            header_tells_model=True,
         ).run(line, pass_on)
 
-    def _held(self, request: GenerationRequest, line: Line) -> str:
+    def _held(self, request: GenerationRequest, line: Line, asked: Asked) -> str:
         """The model that the server holds. `MistralError` in its own words where it does not say."""
-        status, data = self._peer.get("/engine/health", line)
+        status, data = self._peer.get("/engine/health", line, asked)
         if status == 200 and isinstance(data, dict) and isinstance(data.get("model"), str):
-            self._where = ", ".join(str(data[name]) for name in ("device", "precision") if data.get(name))
-            return str(data["model"])
+            self._where = ", ".join(plain(str(data[name])) for name in ("device", "precision") if data.get(name))
+            return plain(data["model"])
         said = peer_failure(data) if isinstance(data, dict) else None
         if said is None:
             raise BackendError(
                 f"{self._peer.name} does not answer as `mistral-nb serve` does (HTTP {status}). Check its address",
                 status=status,
             )
-        raise to_error(Failure(self._peer.name, "its model", request, said.message, said.code, status, engine=True))
+        words = said_by(said.message, self._peer.token, engine=True)
+        raise to_error(Failure(self._peer.name, "its model", request, words, said.code, status, engine=True))
 
 
 def remote(settings: Settings, address: str, origin: str, model: str | None = None) -> Remote:

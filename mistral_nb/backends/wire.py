@@ -2,33 +2,46 @@
 
 Seen on the wire and read here: `response` as a text, a number, null or an object; frames without it; usage in every
 frame (the last counts) and with a null response; `finish_reason` in the middle; OpenAI-shaped frames, their calls in
-pieces; two `[DONE]`; errors as frames; plain JSON where a stream was asked for; frames split at any byte, with LF or
-CRLF, and a last line without its newline.
+pieces; two `[DONE]`; errors as frames; plain JSON where a stream was asked for; frames split at any byte, with LF,
+CRLF or CR, and a last line without its newline; a character's two halves in two frames. A field of another kind than
+it should be is left out.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from mistral_nb.types import Chunk, FinishReason, Usage
 
-__all__ = ["DONE", "PeerFailure", "Reading", "frames", "peer_failure"]
+__all__ = ["DONE", "PeerFailure", "Reading", "frames", "mended", "peer_failure"]
 
 DONE = "[DONE]"
-MAX_LINE = 16 << 20
+MAX_EVENT = 16 << 20
+# Characters of what a peer says about its failure.
+MAX_MESSAGE = 2000
+# What a float holds exactly: more tokens or neurons than that no peer counts.
+_MOST = 2**53
+# Two ends of a line in a row, whichever they are, hold one of these.
+_BLANK = (b"\n\n", b"\n\r", b"\r\r")
+_TOO_DEEP = "it sent an object that is nested too deeply"
+_CODE = re.compile(r"[0-9]{1,9}")
+_HALF = re.compile("[\ud800-\udfff]")
+_OPEN_HALF = re.compile("[\ud800-\udbff]\\Z")
 # Without one of these keys it is no error.
 _MARKS = frozenset({"errors", "error", "object", "detail", "success"})
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
 
 
 class PeerFailure(Exception):
-    """The peer said that it failed. `code` is the wire's own, None where it gave none."""
+    """The peer said that it failed, in 2,000 characters at most. `code` is the wire's own, None where it gave none."""
 
     def __init__(self, message: str, code: int | None = None) -> None:
+        message = mended(_short(message, MAX_MESSAGE))
         super().__init__(message)
         self.message = message
         self.code = code
@@ -37,7 +50,7 @@ class PeerFailure(Exception):
 def frames(parts: Iterable[bytes]) -> Iterator[str]:
     """The data of each server-sent event in a body that comes in `parts`, split anywhere.
 
-    Raises `PeerFailure` for a line of more than 16 MiB.
+    Raises `PeerFailure` for an event of more than 16 MiB.
     """
     import httpx
     from httpx_sse import EventSource
@@ -54,20 +67,30 @@ def frames(parts: Iterable[bytes]) -> Iterator[str]:
 
 
 def _bounded(parts: Iterable[bytes]) -> Iterator[bytes]:
-    line = 0
+    event, before = 0, b""
     for part in parts:
-        end = part.rfind(b"\n")
-        line = len(part) - end - 1 if end >= 0 else line + len(part)
-        if line > MAX_LINE:
-            raise PeerFailure(f"it sent a line of more than {MAX_LINE >> 20} MiB")
+        seen = before + part
+        end = max(map(seen.rfind, _BLANK))
+        event = len(seen) - end - 2 if end >= 0 else event + len(part)
+        if event > MAX_EVENT:
+            raise PeerFailure(f"it sent an event of more than {MAX_EVENT >> 20} MiB")
+        before = seen[-1:]
         yield part
+
+
+def mended(text: str) -> str:
+    """The text with the halves of characters that JSON's escapes leave joined; one alone is U+FFFD."""
+    if text.isascii() or not _HALF.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 @dataclass(slots=True)
 class Reading:
     """What the frames of one answer have said so far.
 
-    `tool_calls` are as they came: OpenAI's are pieces of calls. `model` is who answers by OpenAI's frames.
+    `tool_calls` are as they came: OpenAI's are pieces of calls. `model` is who answers by OpenAI's frames. The first
+    half of a character at the end of a frame waits for the text that follows; without any it is left out.
     """
 
     usage: Usage | None = None
@@ -75,6 +98,7 @@ class Reading:
     finish_reason: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     model: str | None = None
+    _half: str = ""
 
     def frame(self, data: str) -> str:
         """Take one frame and give its text. Raises `PeerFailure` for an error and for what cannot be read."""
@@ -86,7 +110,7 @@ class Reading:
         result = value.get("result", value)
         if not isinstance(result, dict) or not result.keys() & {"response", "choices", "tool_calls"}:
             raise PeerFailure(f"the answer holds no response: {_short(data)}")
-        return self._take(result)
+        return self._take(result) + ("\ufffd" if self._half else "")
 
     def last(self, max_tokens: int) -> Chunk:
         """The last chunk. Where the peer told no reason, a full measure of tokens means `length`."""
@@ -102,21 +126,29 @@ class Reading:
             self.usage = _usage(value["usage"]) or self.usage
             self.neurons = _neurons(value["usage"]) or self.neurons
         reason = value.get("finish_reason")
-        calls = value.get("tool_calls")
+        calls = _calls(value.get("tool_calls"))
         spoken: Mapping[str, Any] = value
         if "choices" in value:
             choice = _first(value["choices"])
-            self.model = self.model or value.get("model")
-            spoken = choice.get("delta") or choice.get("message") or choice
+            self.model = self.model or _named(value.get("model"))
+            spoken = _object(choice.get("delta")) or _object(choice.get("message")) or choice
             reason = reason or choice.get("finish_reason")
-            calls = calls or spoken.get("tool_calls")
-        if reason:
+            calls = calls or _pieces(spoken.get("tool_calls"))
+        if reason and isinstance(reason, str):
             self.finish_reason = reason
         if calls:
-            self.tool_calls += tuple(call for call in calls if isinstance(call, dict))
-        if "response" in value:
-            return _text(value["response"])
-        return _text(spoken.get("content", spoken.get("text")))
+            self.tool_calls += calls
+        said = value["response"] if "response" in value else spoken.get("content", spoken.get("text"))
+        return self._joined(_text(said))
+
+    def _joined(self, text: str) -> str:
+        """The text after what waits of the one before it, without what is to wait now."""
+        if not text or (text.isascii() and not self._half):
+            return text
+        text = self._half + text
+        waits = _OPEN_HALF.search(text)
+        self._half = waits[0] if waits else ""
+        return mended(text[:-1] if waits else text)
 
 
 def peer_failure(value: Any) -> PeerFailure | None:
@@ -125,7 +157,7 @@ def peer_failure(value: Any) -> PeerFailure | None:
     Read are Cloudflare's `errors`, OpenAI's `error`, vLLM's `object: error` and FastAPI's `detail`.
     """
     if not isinstance(value, dict):
-        return PeerFailure(f"an answer that is not an object: {_short(json.dumps(value))}")
+        return PeerFailure(f"an answer that is not an object: {_short(_text(value))}")
     errors = value.get("errors") or value.get("error")
     if not errors and value.get("object") == "error":
         errors = value
@@ -135,10 +167,10 @@ def peer_failure(value: Any) -> PeerFailure | None:
         return None
     first = errors[0] if isinstance(errors, list) and errors else errors
     if not isinstance(first, dict):
-        return PeerFailure(str(first) if first else "no reason given")
-    code = str(first.get("code"))
+        return PeerFailure(_text(first) if first else "no reason given")
+    code = _CODE.fullmatch(_text(first.get("code")))
     message = first.get("message") or first.get("msg") or "no reason given"
-    return PeerFailure(str(message), int(code) if code.isdecimal() else None)
+    return PeerFailure(_text(message), int(code[0]) if code else None)
 
 
 def _read(data: str) -> dict[str, Any]:
@@ -156,7 +188,12 @@ def _read(data: str) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise PeerFailure(_TOO_DEEP) from None
 
 
 def _usage(value: Any) -> Usage | None:
@@ -164,20 +201,43 @@ def _usage(value: Any) -> Usage | None:
     if not isinstance(value, dict):
         return None
     counts = [value.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(count, int | float) and float(count).is_integer() for count in counts):
+    if not all(_is_amount(count) and count == int(count) for count in counts):
         return None
     return Usage(*(int(count) for count in counts))
 
 
 def _neurons(value: Any) -> float | None:
     neurons = value.get("neurons") if isinstance(value, dict) else None
-    return float(neurons) if isinstance(neurons, int | float) else None
+    return float(neurons) if _is_amount(neurons) else None
+
+
+def _is_amount(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _named(value: Any) -> str | None:
+    return mended(value) if isinstance(value, str) and value else None
+
+
+def _pieces(value: Any) -> tuple[dict[str, Any], ...]:
+    return tuple(call for call in value if isinstance(call, dict)) if isinstance(value, list) else ()
+
+
+def _calls(value: Any) -> tuple[dict[str, Any], ...]:
+    """Whole calls. Their texts are of whole characters."""
+    try:
+        return tuple(json.loads(mended(_text(call))) for call in _pieces(value))
+    except RecursionError:
+        raise PeerFailure(_TOO_DEEP) from None
 
 
 def _first(value: Any) -> dict[str, Any]:
-    found = value[0] if isinstance(value, list) and value else None
-    return found if isinstance(found, dict) else {}
+    return _object(value[0]) if isinstance(value, list) and value else {}
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

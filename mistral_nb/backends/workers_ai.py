@@ -66,16 +66,23 @@ class WorkersAI:
     def answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         """Read one answer to its end in this thread: what `stream` pumps, for a backend with something to do first.
 
-        Where the peer has withdrawn the model, `fallback_model` is asked once in its place.
+        Where the peer has withdrawn the model, `fallback_model` is asked once in its place, but not after text.
         """
         started = time.monotonic()
         withdrawn: Withdrawn
+        begun = False
+
+        def note(chunk: Chunk) -> None:
+            nonlocal begun
+            begun = begun or bool(chunk.text)
+            emit(chunk)
+
         try:
-            return self._exchange(self.model, request, self.retry_deadline).run(line, emit)
+            return self._exchange(self.model, request, self.retry_deadline).run(line, note)
         except Withdrawn as error:
             withdrawn = error
         other = self.fallback_model
-        if not other or other == self.model or line.hung_up:
+        if begun or not other or other == self.model or line.hung_up:
             raise withdrawn
         line.release()
         emit(Chunk(status=f"{self.peer} has withdrawn {self.model}; asking {other}"))
@@ -101,6 +108,7 @@ class WorkersAI:
             timeouts=self.timeouts,
             retry_deadline=retry_deadline,
             engine=self.engine,
+            header_tells_model=self.base_url != CLOUDFLARE_URL,
         )
 
 

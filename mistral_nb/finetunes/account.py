@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from mistral_nb import __version__
 from mistral_nb.backends import connection
-from mistral_nb.backends.exchange import Exchange
+from mistral_nb.backends.exchange import Exchange, said_by, target
 from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.pump import Line
 from mistral_nb.backends.retry import NotListening, Retries
@@ -28,6 +28,7 @@ from mistral_nb.config import Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import AdapterError, BackendError, ConnectionFailed, MistralError, RateLimited, RequestTimeout
 from mistral_nb.finetunes.adapter import DEFAULT_MODEL, Adapter, adapter_from_wire
+from mistral_nb.foreign import clean
 from mistral_nb.progress import Report
 from mistral_nb.types import GenerationRequest
 
@@ -193,8 +194,7 @@ class Account:
         except (ValueError, RecursionError):
             content, said = {}, PeerFailure("an answer that is no JSON")
         if response.has_redirect_location:
-            where = urlsplit(response.headers["location"]).netloc or "another path"
-            said = PeerFailure(f"it redirects to {where}, where the token is not sent")
+            said = PeerFailure(f"it redirects to {target(response)}, where the token is not sent")
         if response.is_success and said is None:
             return content.get("result")
         said = said or PeerFailure(response.reason_phrase or "an error without a message")
@@ -203,7 +203,7 @@ class Account:
                 self._service.peer,
                 self._service.model,
                 _NEVER_SENT,
-                said.message,
+                said_by(said.message, self._service.token, engine=False),
                 said.code,
                 response.status_code,
                 response.headers.get("retry-after"),
@@ -219,7 +219,9 @@ class Account:
             return RequestTimeout(line.expired)
         host = urlsplit(self._service.base_url).netloc
         # A local protocol error quotes the headers.
-        detail = type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else str(error)
+        detail = (
+            type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else clean(error, self._service.token)
+        )
         if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError | httpx.ProxyError | httpx.UnsupportedProtocol):
             return NotListening(f"Cloudflare at {host} cannot be reached ({detail}). Check the network and the proxy")
         return ConnectionFailed(f"Cloudflare broke the connection ({detail}). Try again")

@@ -21,8 +21,9 @@ from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.checkpoints.untrusted import AGAIN
 from mistral_nb.config import Secret
 from mistral_nb.errors import ConfigurationError, MissingDependency, ModelError, PullError
+from mistral_nb.foreign import clean
 from mistral_nb.models.download import Downloader, Meter, RemoteFile
-from mistral_nb.models.hub_failures import LISTING, Hub, clean
+from mistral_nb.models.hub_failures import LISTING, Hub
 from mistral_nb.models.hub_listing import Choice, Listing, choose, read_listing, shards
 from mistral_nb.models.manifest import MANIFEST
 from mistral_nb.models.staging import Fetched, Staging

@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 
 from mistral_nb.config import Secret
 from mistral_nb.errors import PullError
+from mistral_nb.foreign import clean
 from mistral_nb.models.known import find_known
 from mistral_nb.models.web import Answer, Broken, host_of
 
-__all__ = ["Hub", "Transient", "clean"]
+__all__ = ["Hub", "Transient"]
 
 LONGEST_WAIT_S = 300.0
 AGAIN = "pull again, which goes on from there"
@@ -201,23 +202,6 @@ class Hub:
                 f"({self.site}/settings/tokens), and a proxy may forbid it too"
             )
         return f"{self.host} answers for {what} of {self.hub_id} with {said}; check HF_ENDPOINT and the proxy settings"
-
-
-def clean(said: object, token: Secret | None = None) -> str:
-    """A foreign text on one line, at most 200 characters, without links, logins, control characters and the token."""
-    text = str(said)
-    if token:
-        text = text.replace(token.reveal(), "[token]")
-    text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w+://\S+", "[link]", text))
-    words = "".join(each if each.isprintable() else " " for each in text).split()
-    text = " ".join(map(_without_login, words))
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _without_login(word: str) -> str:
-    """Without USER:PASSWORD before an @."""
-    login, _, rest = word.rpartition("@")
-    return f"[login]@{rest}" if ":" in login else word
 
 
 def _unusable_proxy() -> str:

@@ -12,8 +12,8 @@ from mistral_nb.checkpoints.layout import SIDE_FILES
 from mistral_nb.checkpoints.tokenizer_files import SENTENCEPIECE_FILES
 from mistral_nb.checkpoints.untrusted import parse_object, read_object
 from mistral_nb.errors import ModelError, PullError
+from mistral_nb.foreign import clean
 from mistral_nb.models.download import RemoteFile
-from mistral_nb.models.hub_failures import clean
 
 __all__ = ["Choice", "Listing", "choose", "read_listing", "shards"]
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.models import find_known
 from mistral_nb.server.holder import Holder
-from mistral_nb.server.schemas import WireError, envelope
+from mistral_nb.server.schemas import WireError, envelope, shortened
 
 __all__ = ["Catalog", "Identity"]
 
@@ -55,7 +55,7 @@ class Identity:
         """`WireError` 5007 unless it answers to `asked`."""
         if self.answers_to(asked):
             return
-        asked = asked.rstrip("/")
+        asked = shortened(asked.rstrip("/"))
         near = difflib.get_close_matches(asked, (self.model, *self.aliases, *self.serve_as), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         held = self.model + (f", which also answers for {', '.join(self.serve_as)}" if self.serve_as else "")

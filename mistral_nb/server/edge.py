@@ -5,10 +5,12 @@ from __future__ import annotations
 import hmac
 import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mistral_nb.errors import ConfigurationError
 from mistral_nb.runtime import is_loopback
 from mistral_nb.server.answering import error_response
 from mistral_nb.server.schemas import WireError
@@ -22,21 +24,39 @@ OWN_SESSION = "/playground/"
 """Below this the playground asks for a session of its own."""
 
 
+_PORTS = {"http": ":80", "https": ":443"}
+
+
 class Door:
     """Lets through what names this very server as its host, comes from no other site, and has the token.
 
     A browser that is made to believe that a foreign name is this address (DNS rebinding) still sends that name: 421. A
     page of another site is told by its Origin: 403. Without `Authorization` 10000 (401), as for a wrong token; 6003
     (400) for a malformed header. No response allows another site to read it. `names` are hosts to answer to besides
-    the address that a connection came in on and, there, the loopback ones.
+    the address that a connection came in on and, there, the loopback ones. One that is an origin, as
+    https://play.example.org, is what browsers know this server by through a proxy that ends TLS: for requests to that
+    host, the scheme is the origin's. `ConfigurationError` for one that is neither.
+
+    A body that two headers measure in two ways, and with it what another server took for its end, is refused: 6003
+    (400), and the connection is closed (RFC 9112, 6.1).
     """
 
     def __init__(self, app: ASGIApp, token: str, names: Iterable[str]) -> None:
         self._app = app
         self._token = token.encode()
-        self._names = frozenset(host_of(name) or name.lower() for name in names)
+        given = tuple(names)
+        self._origins = {origin.host: origin for name in given if "://" in name for origin in [_origin(name)]}
+        plain = (host_of(name) or name.lower() for name in given if "://" not in name)
+        self._names = frozenset((*plain, *self._origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if header(scope, b"content-length") is not None and header(scope, b"transfer-encoding") is not None:
+            both = WireError(400, 6003, "Invalid request headers: send Content-Length or Transfer-Encoding, not both")
+            await refuse(both, scope, receive, send, {"connection": "close"})
+            return
+        origin = self._origins.get(host_of(header(scope, b"host") or ""))
+        if origin is not None:
+            scope = {**scope, "scheme": origin.scheme}
         refusal = self._refusal(scope)
         if refusal is None:
             await self._app(scope, receive, send)
@@ -52,7 +72,8 @@ class Door:
                 421, 7000, f"No server of the name {host!r} here; to be one, start with --allow-host {name}"
             )
         origin = header(scope, b"origin")
-        if origin is not None and origin.lower() != f"{scope['scheme']}://{host.lower()}":
+        known = self._origins.get(host_of(host))
+        if origin is not None and origin.lower() not in (f"{scope['scheme']}://{host.lower()}", known and known.text):
             return WireError(
                 403, 10000, f"Requests from pages of {origin!r} are not answered; send them from elsewhere"
             )
@@ -76,6 +97,25 @@ class Door:
         if not hmac.compare_digest(credentials.strip().encode("latin-1"), self._token):
             return WireError(401, 10000, "Authentication error: the token is not this engine's")
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What browsers know a server by. `text` is all of it, in small letters and without a default port."""
+
+    scheme: str
+    host: str
+    text: str
+
+
+def _origin(name: str) -> _Origin:
+    scheme, _, authority = name.lower().rstrip("/").partition("://")
+    host = host_of(authority)
+    if scheme not in _PORTS or not host:
+        raise ConfigurationError(
+            f"--allow-host {name}: is no origin; give a name, or one that reads https://play.example.org"
+        )
+    return _Origin(scheme, host, f"{scheme}://{authority.removesuffix(_PORTS[scheme])}")
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -52,8 +53,8 @@ class ServeOptions:
     `model` is a store name or an absolute path, `folder` its checkpoint; `context` in tokens, None for all that the
     model has; `idle_timeout` in seconds, 0 for never; `grace`, in seconds, is for running answers to end in when the
     process is told to stop by a signal; `managed` for a process that a notebook started: it writes to its log only, and
-    no terminal signal reaches it. `allow_hosts` are names to answer to besides the address, `token` the one to ask for
-    instead of a random one.
+    no terminal signal reaches it. `allow_hosts` are names to answer to besides the address, or origins
+    as `edge.Door` has them, `token` the one to ask for instead of a random one.
     """
 
     model: str
@@ -84,8 +85,8 @@ def serve(options: ServeOptions) -> int:
         with contextlib.nullcontext() if options.managed else runtime.start_lock(options.model):
             _refuse_second(options.model)
             runtime.write_record(record)
-        process = EngineProcess(options, record, terminal)
         try:
+            process = EngineProcess(options, record, terminal)
             asyncio.run(process.run(listeners))
         finally:
             _forget(record)
@@ -222,7 +223,7 @@ class EngineProcess:
             loading = self.holder.state == "loading"
             if loading or (now > next_check and not self.holder.requests):
                 next_check = now + _RECORD_CHECK
-                if not _can_be_found(self._record):
+                if runtime.is_lost(self._record):
                     self.stop("its record in the runtime folder is gone, so nobody could find it")
                     return
             if self.holder.busy:
@@ -247,7 +248,6 @@ def _config(app: ASGIApp, tls: Tls | None) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="off",
-        http=BoundedHttp,
         ws="none",
         server_header=False,
         proxy_headers=False,
@@ -258,11 +258,31 @@ def _config(app: ASGIApp, tls: Tls | None) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to `_on_signals`: uvicorn raises them again at its end, before the record could be removed."""
+    """Gives a TLS handshake as long as a head, and leaves the signals to `_on_signals`.
+
+    uvicorn raises signals again at its end, before the record could be removed.
+    """
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own gives every peer a minute for the TLS handshake."""
+        await self.lifespan.startup()
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def protocol() -> BoundedHttp:
+            return BoundedHttp(config, self.server_state, self.lifespan.state)
+
+        patience = BoundedHttp.head_patience if config.ssl else None
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=listener, ssl=config.ssl, ssl_handshake_timeout=patience, backlog=config.backlog
+            )
+            for listener in sockets or ()
+        ]
+        self.started = True
 
 
 @contextlib.contextmanager
@@ -297,13 +317,6 @@ def _record(options: ServeOptions, listeners: Listeners, log_file: Path) -> Engi
         host=host,
         serve_as=options.serve_as,
     )
-
-
-def _can_be_found(record: EngineRecord) -> bool:
-    try:
-        return runtime.read_record(record.model) == record
-    except ConfigurationError:
-        return False
 
 
 def _forget(record: EngineRecord) -> None:

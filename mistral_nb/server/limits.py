@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -128,7 +129,9 @@ class BoundedHttp(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._head = _Fuse(transport, self.head_patience)
         self._reading = _Fuse(transport, self.read_patience)
-        super().connection_made(transport)
+        self._linger = _Fuse(transport, _LINGER)
+        self._discards = False
+        super().connection_made(cast(asyncio.Transport, _Closing(transport, self._close)))
         _notice_absence(transport.get_extra_info("socket"), self.read_patience)
         if len(self.connections) > self.max_connections:
             transport.abort()
@@ -139,8 +142,11 @@ class BoundedHttp(H11Protocol):
         super().connection_lost(exc)
         self._head.put_out()
         self._reading.put_out()
+        self._linger.put_out()
 
     def data_received(self, data: bytes) -> None:
+        if self._discards:
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._head.put_out()
@@ -150,11 +156,26 @@ class BoundedHttp(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            _Fuse(self.transport, _LINGER).light()
+            self._linger.light()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        _Fuse(self.transport, _LINGER).light()
+        self._linger.light()
+
+    def _close(self, transport: asyncio.Transport) -> bool:
+        """Close, or only say that nothing follows, and True, where the peer is still sending.
+
+        A socket that is closed with something unread resets the connection, and the answer may be lost on its way.
+        """
+        self._discards = repr(self.conn.their_state) in ("SEND_BODY", "ERROR")
+        if not self._discards:
+            transport.close()
+            return False
+        self.flow.resume_reading()
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._linger.light()
+        return True
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -163,6 +184,27 @@ class BoundedHttp(H11Protocol):
     def resume_writing(self) -> None:
         self._reading.put_out()
         super().resume_writing()
+
+
+class _Closing:
+    """A transport that leaves it to `close` how it is closed the first time; it is closing ever after."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[asyncio.Transport], bool]) -> None:
+        self._transport = transport
+        self._close = close
+        self._waits = False
+
+    def close(self) -> None:
+        if self._waits or self._transport.is_closing():
+            self._transport.close()
+        else:
+            self._waits = self._close(self._transport)
+
+    def is_closing(self) -> bool:
+        return self._waits or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def _notice_absence(connection: socket.socket, seconds: float) -> None:

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
 import socket
 import ssl
+import sys
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mistral_nb import runtime
 from mistral_nb.config import Secret
 from mistral_nb.errors import ConfigurationError
 
-__all__ = ["Address", "Listeners", "Tls", "listen"]
+__all__ = ["Address", "Listener", "Listeners", "Tls", "listen", "most_connections"]
 
+log = logging.getLogger(__name__)
+
+MOST_CONNECTIONS = 512
+"""Of all clients together, where the system lets the process have so many files."""
+
+_FREE_FILES = 96
+"""Descriptors that are left for the model's files, the record, the log and uploads."""
+
+_LOG_EVERY = 60.0
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _SHORTEST_TOKEN = 16
 _MAKE_TOKEN = 'python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
 
@@ -40,26 +58,100 @@ class Address:
 class Listeners:
     """`local`, on loopback and in the clear, is for this machine; `public` is for others where TLS was asked for."""
 
-    local: socket.socket
-    public: socket.socket | None = None
+    local: Listener
+    public: Listener | None = None
+
+
+class Listener(socket.socket):
+    """A listening socket whose connections count from the moment they are accepted until they are closed.
+
+    With `most` of them open, and in a process that may open no more files, each further one is closed at once: a
+    descriptor that is held in reserve lets it be taken. On Windows asyncio does not accept through a socket's method,
+    and `BoundedHttp` has the bound.
+    """
+
+    most = MOST_CONNECTIONS
+    _open: weakref.WeakSet[socket.socket]
+    _reserve = -1
+    _logged = -_LOG_EVERY
+
+    @classmethod
+    def over(cls, listening: socket.socket, most: int) -> Listener:
+        """In the place of `listening`, whose descriptor it takes over."""
+        self = cls(listening.family, listening.type, listening.proto, fileno=listening.detach())
+        self.most, self._open = most, weakref.WeakSet()
+        self._reserve = os.open(os.devnull, os.O_RDONLY)
+        return self
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection. `ConnectionAbortedError`, which asyncio takes as nothing, after one that was closed."""
+        try:
+            connection, peer = super().accept()
+        except OSError as error:
+            if error.errno not in _OUT_OF_FILES:
+                raise
+            self._close_next()
+            raise ConnectionAbortedError from error
+        if sum(other.fileno() >= 0 for other in self._open) >= self.most:
+            connection.close()
+            self._tell(f"{self.most} connections are open")
+            raise ConnectionAbortedError
+        self._open.add(connection)
+        return connection, peer
+
+    def close(self) -> None:
+        self._release()
+        super().close()
+
+    def _close_next(self) -> None:
+        self._release()
+        with contextlib.suppress(OSError):
+            super().accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY)
+        self._tell("the process may open no more files")
+
+    def _release(self) -> None:
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
+    def _tell(self, why: str) -> None:
+        if time.monotonic() - self._logged >= _LOG_EVERY:
+            self._logged = time.monotonic()
+            log.warning("connections are closed as they come: %s", why)
+
+
+def most_connections() -> int:
+    """How many connections the process has files for, `MOST_CONNECTIONS` at most."""
+    if sys.platform == "win32":
+        return MOST_CONNECTIONS
+    import resource
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unbounded = files == resource.RLIM_INFINITY
+    return MOST_CONNECTIONS if unbounded else max(8, min(MOST_CONNECTIONS, files - _FREE_FILES))
 
 
 @contextmanager
 def listen(address: Address, token: Secret | None) -> Iterator[Listeners]:
     """Listening sockets. With TLS the address is the public one, and the local one is 127.0.0.1 with a free port.
 
+    Both share the connections that there may be, a quarter of them for the local one, which others cannot take.
+
     Raises `ConfigurationError` for an address, a certificate or a `token` that will not do, and for a taken port.
     """
     family, where = _resolve(address)
     if not runtime.is_loopback(where):
         _check_open(address, token)
+    most = most_connections()
     with ExitStack() as stack:
         if address.tls is None:
-            yield Listeners(stack.enter_context(_bind(address, family, where)))
+            yield Listeners(stack.enter_context(_bind(address, family, where, most)))
         else:
             _check_tls(address.tls)
-            public = stack.enter_context(_bind(address, family, where))
-            local = stack.enter_context(_bind(Address(), socket.AF_INET, "127.0.0.1"))
+            public = stack.enter_context(_bind(address, family, where, most - most // 4))
+            local = stack.enter_context(_bind(Address(), socket.AF_INET, "127.0.0.1", most // 4))
             yield Listeners(local, public)
 
 
@@ -108,9 +200,9 @@ def _check_tls(tls: Tls) -> None:
         ) from error
 
 
-def _bind(address: Address, family: int, where: str) -> socket.socket:
+def _bind(address: Address, family: int, where: str, most: int) -> Listener:
     try:
-        return socket.create_server((where, address.port), family=family)
+        return Listener.over(socket.create_server((where, address.port), family=family), most)
     except OSError as error:
         raise ConfigurationError(
             f"cannot listen on {address.host} port {address.port} ({error.strerror or error}); "

@@ -1,8 +1,10 @@
 """OpenAI's request bodies, for chat and for bare prompts, as the one request that the engine takes.
 
 Sampling defaults are the model's own, as on Workers AI: 256 tokens, temperature 0.6. `top_k`, `repetition_penalty`,
-`lora` and `lora_scale` are taken too. A null is a field that is not there. A field that would change the answer and
-cannot be honoured is refused by name.
+`lora` and `lora_scale` are taken too. A null is a field that is not there, as is an empty `stop`. Any whole number is a
+`seed`: 1 to 9999999999 are the engine's own, and others are taken modulo those. A field that would change the answer
+and cannot be honoured is refused by name, and so are `frequency_penalty` and `presence_penalty` below 0: here they are
+0 to 2.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.server.answering import Ask
 from mistral_nb.server.openai_answers import ChatShape, CompletionShape, Head
-from mistral_nb.server.schemas import parse_json
+from mistral_nb.server.schemas import parse_json, shortened
 from mistral_nb.types import FIELDS, Function, GenerationRequest, Message
 
 __all__ = ["parse_chat", "parse_completion"]
@@ -41,6 +43,8 @@ _NEUTRAL: Mapping[str, Any] = {
 
 _OTHER_NAMES = {"max_completion_tokens": "max_tokens", "repeat_penalty": "repetition_penalty"}
 """OpenAI's newer name, and llama.cpp's."""
+
+_LARGEST_SEED = next(int(field.maximum or 0) for field in FIELDS if field.name == "seed")
 
 _CHAT = ("model", "messages", "stream_options", "tools", "tool_choice")
 _COMPLETION = ("model", "prompt", "stream_options")
@@ -83,7 +87,7 @@ def _fields(body: bytes, known: Sequence[str]) -> dict[str, Any]:
             if type(value) is not type(neutral) or value != neutral:
                 raise InvalidRequest(name, value, f"must be {json.dumps(neutral)} here, or be left out")
         elif name not in taken:
-            near = difflib.get_close_matches(name, taken, n=1)
+            near = difflib.get_close_matches(shortened(name), taken, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
             raise InvalidRequest(name, value, f"is not supported here; {hint}")
     return {name: value for name, value in given.items() if name not in _NEUTRAL}
@@ -94,6 +98,11 @@ def _sampling(data: Mapping[str, Any]) -> dict[str, Any]:
     for other, name in _OTHER_NAMES.items():
         if other in data and fields.setdefault(name, data[other]) != data[other]:
             raise InvalidRequest(name, data[name], f"is not {other}; leave one of them out")
+    if fields.get("stop") == []:
+        del fields["stop"]
+    seed = fields.get("seed")
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        fields["seed"] = (seed - 1) % _LARGEST_SEED + 1
     return {"stream": False, **fields}
 
 

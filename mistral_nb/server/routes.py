@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral_nb import __version__
-from mistral_nb.errors import MistralError
+from mistral_nb.errors import ContextOverflow, MistralError
 from mistral_nb.finetunes import AdapterStore
 from mistral_nb.runtime import PROTOCOL
 from mistral_nb.server.answering import (
@@ -30,7 +29,8 @@ from mistral_nb.server.finetunes import Finetunes
 from mistral_nb.server.holder import Holder
 from mistral_nb.server.journal import current
 from mistral_nb.server.openai import parse_chat, parse_completion
-from mistral_nb.server.schemas import WireError, WorkersShape, parse_request, wire_error
+from mistral_nb.server.schemas import WireError, WorkersShape, parse_json, parse_request, wire_error
+from mistral_nb.types import MAX_NAME
 
 __all__ = ["Endpoints", "Identity"]
 
@@ -121,7 +121,10 @@ class Endpoints:
         wanted = (await self._with_adapter(ask)).request
         await self._finetunes.refuse(wanted)
         model = await self._holder.ready()
-        answer = await model.start(wanted, ask.choice)
+        try:
+            answer = await model.start(wanted, ask.choice)
+        except ContextOverflow as error:
+            raise error if wanted.prompt else ContextOverflow(error.prompt_tokens, error.limit, "messages") from error
         headers = self._identity.header
         with self._holder.answering(answer):
             if wanted.stream:
@@ -133,7 +136,8 @@ class Endpoints:
         """`ask`, where a body may name an adapter in the place of a model."""
         if ask.model is None or self._identity.answers_to(ask.model):
             return ask
-        if ask.request.lora is None and await self._finetunes.knows(ask.model):
+        named = ask.request.lora is None and len(ask.model) <= MAX_NAME
+        if named and await self._finetunes.knows(ask.model):
             return replace(ask, request=ask.request.with_(lora=ask.model))
         self._identity.check(ask.model)
         return ask
@@ -186,10 +190,7 @@ class Endpoints:
 
 
 def _force(body: bytes) -> bool:
-    try:
-        data = json.loads(body or b"{}")
-    except ValueError as error:
-        raise WireError(400, 5006, f'the body is not JSON ({error}); send {{}} or {{"force": true}}') from error
+    data = parse_json(body or b"{}")
     if not isinstance(data, dict) or not set(data) <= {"force"} or not isinstance(data.get("force", False), bool):
         raise WireError(400, 5006, 'the body must be {} or {"force": true}')
     return bool(data.get("force", False))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # generation.py imports the errors of this module
 __all__ = [
     "DONE",
     "MAX_BODY",
+    "MAX_ECHO",
     "Shape",
     "WireError",
     "WorkersShape",
@@ -21,11 +22,17 @@ __all__ = [
     "event",
     "parse_json",
     "parse_request",
+    "shortened",
     "wire_error",
 ]
 
 MAX_BODY = 8 << 20
 """Bytes of the largest request body: several texts of the greatest length, however their JSON is escaped."""
+
+MAX_ECHO = 200
+"""Characters of what a client sent that an error shows, and of a name that is compared with those that there are."""
+
+_LONGEST_MESSAGE = 4000
 
 DONE = b"data: [DONE]\n\n"
 
@@ -34,10 +41,10 @@ class WireError(Exception):
     """An answer other than success: HTTP `status`, the wire's own `code`, a message for the user, and the field."""
 
     def __init__(self, status: int, code: int, message: str, field: str | None = None) -> None:
-        super().__init__(_encodable(message))
+        super().__init__(shortened(_encodable(message), _LONGEST_MESSAGE))
         self.status = status
         self.code = code
-        self.field = field and _encodable(field)
+        self.field = field and shortened(_encodable(field))
 
     @property
     def errors(self) -> list[dict[str, Any]]:
@@ -46,6 +53,12 @@ class WireError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         return {"errors": self.errors, "success": False, "result": {}, "messages": []}
+
+
+def shortened(text: str, longest: int = MAX_ECHO) -> str:
+    """`text`, without its middle where it has more than `longest` characters: a message ends with the next step."""
+    half = longest // 2 - 3
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 def _encodable(text: str) -> str:

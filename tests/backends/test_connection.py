@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +123,22 @@ def test_a_new_connection_that_dies_under_the_request_is_one(keeper: Keeper, cli
     with pytest.raises(ConnectionFailed):
         text(client(base_url=keeper.url))
     assert len(keeper.visits) == 1
+
+
+def test_a_connection_that_is_not_made_is_not_tried_twice(client: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Any] = []
+    connect = socket.create_connection
+
+    def counted(address: Any, *rest: Any, **options: Any) -> socket.socket:
+        tries.append(address)
+        return connect(address, *rest, **options)
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(socket, "create_connection", counted)
+    with pytest.raises(ConnectionFailed, match="cannot be reached"):
+        text(client(base_url=f"http://127.0.0.1:{port}"))
+    assert tries == [("127.0.0.1", port)]
 
 
 def test_a_line_that_hangs_up_after_its_answer_leaves_the_connection_alone(keeper: Keeper) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+import time
 from collections.abc import Callable
 
 import pytest
 
-from mistral_nb.backends.failures import Withdrawn
+from mistral_nb.backends.failures import Failure, Withdrawn, to_error
+from mistral_nb.backends.openai_wire import explain
 from mistral_nb.backends.workers_ai import WorkersAI
 from mistral_nb.errors import (
     AuthenticationError,
@@ -105,12 +108,51 @@ def test_the_servers_own_failures_name_the_request(
     assert "f00d" not in str(refused(client()))
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None)])
+LONG = 10 * 365 * 86400.0
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("9" * 400, LONG),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", LONG),
+        ("Fri, 31 Dec 9999 23:59:59 -2300", LONG),
+        ("Mon, 01 Jan 99999999999999 00:00:00 GMT", None),
+        ("nan", None),
+        ("soon", None),
+    ],
+)
 def test_retry_after(peer: Peer, client: Make, header: str, seconds: float | None) -> None:
     peer.scripts = [body({"errors": [{"message": "wait", "code": 971}]}, "429 Too Many", f"Retry-After: {header}")]
     error = refused(client())
     assert isinstance(error, RateLimited)
     assert error.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    "filler", [" " * 60_000, "1" * 60_000, "12,345," * 9000, "(12345678-" * 6000, "AiError: " * 7000]
+)
+def test_a_long_message_takes_no_time(filler: str) -> None:
+    """Longer than a frame's message may be: what looks for words in it is quick by itself."""
+    request = GenerationRequest(prompt="Hello")
+    started = time.perf_counter()
+    for code, status in ((None, 500), (5021, 413), (5006, 400)):
+        failure = Failure("Cloudflare", "m", request, f"maximum model length x{filler}y", code, status)
+        to_error(failure)
+        explain(failure)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidRequest("top_k", 0, "must be 1 or more"), ContextOverflow(5012, 4096, "messages")], ids=repr
+)
+def test_an_error_goes_through_pickle(error: InvalidRequest) -> None:
+    error.args = ("told in other words",)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_prompt_over_the_context_tells_both_numbers(peer: Peer, client: Make) -> None:
@@ -126,6 +168,7 @@ def test_a_prompt_over_the_context_tells_both_numbers(peer: Peer, client: Make) 
     [
         "request 1234 took 99 ms: too large",
         "error 5021 at host 10.0.0.1: too large",
+        "number of input and maximum output tokens (,) exceeded this model context window (,)",
     ],
 )
 def test_other_numbers_are_no_counts_of_tokens(peer: Peer, client: Make, said: str) -> None:

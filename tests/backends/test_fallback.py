@@ -67,6 +67,17 @@ def test_it_is_tried_once(peer: Peer, client: Make) -> None:
     assert asked(peer) == [DEFAULT_MODEL, FALLBACK_MODEL]
 
 
+def test_after_text_no_other_model_goes_on(peer: Peer, client: Make) -> None:
+    peer.scripts = [
+        [head(), frame({"response": "Hel"}), frame({"errors": [{"message": "gone", "code": 5028}]})],
+        ANSWER,
+    ]
+    answer = Answer(client(model=DEFAULT_MODEL, fallback_model=FALLBACK_MODEL), HELLO)
+    with pytest.raises(Withdrawn, match="gone"):
+        list(answer)
+    assert (answer.text, answer.result.finish_reason, asked(peer)) == ("Hel", "error", [DEFAULT_MODEL])
+
+
 def test_another_failure_of_the_second_model_is_its_own(peer: Peer, client: Make) -> None:
     peer.scripts = [GONE, body({"errors": [{"message": "none left", "code": 4006}]}, "429 Too Many")]
     with pytest.raises(RateLimited, match="none left"):

@@ -260,10 +260,42 @@ def test_calls_that_come_in_pieces_are_put_together(ask: Callable[..., list[Chun
         ([piece(0, '{"x": ', "a", "f")], [("f", '{"x": ')]),
         ([piece(0, "[1]", "a", "f")], [("f", "[1]")]),
         ([{"name": "f", "arguments": {"x": 1}}], [("f", {"x": 1})]),
+        ([piece(1, "{}", "b", "g"), piece(0, "{}", "a", "f")], [("f", {}), ("g", {})]),
+        ([piece(None, "{}", "c", "h"), piece(10**400, "{}", "a", "f")], [("f", {}), ("h", {})]),
+        ([piece(0, {"x": 1}, "a", "f"), piece(0, "}")], [("f", {"x": 1})]),
+        ([piece(0, 5, "a", "f"), piece(0, "{}")], [("f", {})]),
+        ([{"function": {"name": ["f"], "arguments": "{}"}}], [("", {})]),
+        ([{"function": {"name": 7}, "index": True, "id": [1]}], [("", {})]),
+        ([piece(0, "[" * 100_000, "a", "f")], [("f", "[" * 100_000)]),
+        ([piece(0, '{"x": %s}' % ("9" * 5000), "a", "f")], [("f", '{"x": %s}' % ("9" * 5000))]),
+        ([piece(0, '{"x": "\ud83d', "a", "f"), piece(0, '\ude00"}')], [("f", {"x": "😀"})]),
+        ([piece(0, '{"x": "\\ud83d"}', "a", "f\ude00")], [("f�", {"x": "�"})]),
     ],
 )
 def test_calls_come_in_many_shapes(pieces: Any, calls: Any) -> None:
     assert [(call["name"], call["arguments"]) for call in assemble(pieces)] == calls
+
+
+def test_a_list_of_models_with_other_things_in_it(ask: Callable[..., list[Chunk]], peer: Peer) -> None:
+    odd = body({"data": [{"id": 7}, {"id": None}, "x", {"id": MODEL}]})
+    peer.scripts = [odd, stream(frame({"model": 7, "choices": [{"delta": {"content": "Hi"}}]}))]
+    text, last = ask(model=None)
+    assert (text.text, last.model) == ("Hi", None)
+    assert peer.seen[1].json["model"] == MODEL
+
+
+def test_what_a_list_of_models_says_is_shown_plain(ask: Callable[..., list[Chunk]], peer: Peer) -> None:
+    peer.scripts = [
+        models({"id": "a\x1b[31m" + "b" * 5000}, {"id": "c"}),
+        body({"error": {"message": f"\x1b[31mno {TOKEN}"}}, "400 Bad Request"),
+    ]
+    for _ in range(2):
+        with pytest.raises(MistralError) as caught:
+            ask(model=None)
+        told = str(caught.value)
+        assert len(told) < 500
+        assert "\x1b" not in told
+        assert TOKEN not in told
 
 
 def test_a_call_that_was_cut_off_is_none(ask: Callable[..., list[Chunk]], peer: Peer) -> None:

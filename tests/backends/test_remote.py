@@ -110,6 +110,7 @@ def test_it_answers_over_tls_whose_certificate_is_trusted(
         ([head("404 Not Found", "text/html") + b"<html>"], BackendError, r"does not answer as `mistral-nb serve` does"),
         (body(["x"]), BackendError, r"does not answer as `mistral-nb serve` does \(HTTP 200\). Check its address"),
         ([head("302 Found", "text/html", "Location: https://evil.example.com/")], BackendError, "evil.example.com"),
+        ([head() + b"[" * 100_000], BackendError, r"does not answer as `mistral-nb serve` does"),
         (body({"errors": [{"message": "no", "code": 10000}]}, "401 No"), AuthenticationError, "^mistral-nb at .*: no"),
     ],
 )
@@ -132,6 +133,13 @@ def test_a_server_that_starts_again_is_waited_for(peer: Peer) -> None:
     assert "".join(chunk.text for chunk in chunks) == "Hi"
     assert len([chunk for chunk in chunks if "trying again" in chunk.status]) == 2
     assert [seen.line.split()[1] for seen in peer.seen][2:] == ["/client/v4/accounts/local/ai/run/my-model"] * 2
+
+
+def test_a_server_that_asks_for_a_longer_wait_than_there_is_is_not_asked_again(peer: Peer) -> None:
+    peer.scripts = [body({"errors": [{"message": "Starting", "code": 3043}]}, "503 Busy", "Retry-After: 3600")]
+    with pytest.raises(BackendError, match="asks for a wait of 3600 s, and retry_deadline is 5 s"):
+        list(reach(f"http://127.0.0.1:{peer.port}", retry_deadline=5).stream(HELLO))
+    assert len(peer.seen) == 1
 
 
 @pytest.mark.parametrize("scripts", [[["hold"]], [body({"errors": [{"message": "Busy", "code": 3040}]}, "429 Busy")]])

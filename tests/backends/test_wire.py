@@ -68,9 +68,41 @@ def test_the_same_over_a_socket(peer: Peer, client: Callable[..., WorkersAI]) ->
     assert len(peer.seen) == len(data) - 1
 
 
-def test_a_line_without_an_end_is_given_up() -> None:
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\r"], ids=["one line", "LF", "CRLF", "CR"])
+def test_an_event_without_an_end_is_given_up(end: bytes) -> None:
     with pytest.raises(PeerFailure, match="16 MiB"):
-        list(frames(itertools.repeat(b"data: " + b"x" * (1 << 20))))
+        list(frames(itertools.repeat(b"data: " + b"x" * (1 << 20) + end, 40)))
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+def test_an_answer_of_many_events_may_be_longer(end: bytes) -> None:
+    event = b"data: " + b"x" * (1 << 20) + end
+    assert sum(1 for _ in frames(part for _ in range(18) for part in (event, end))) == 18
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (["\\ud83d", "\\ude00"], "😀"),
+        (["a\\ud83d", "", "\\ude00b"], "a😀b"),
+        (["\\ud83d", "b"], "�b"),
+        (["\\ude00", "b"], "�b"),
+        (["\\ud83d\\ud83d", "\\ude00"], "�😀"),
+        (["a", "\\ud83d"], "a"),
+    ],
+)
+def test_a_character_in_two_halves(parts: list[str], text: str) -> None:
+    reading = Reading()
+    assert "".join(reading.frame(f'{{"response":"{part}"}}') for part in parts) == text
+
+
+def test_half_a_character_elsewhere() -> None:
+    assert Reading().body('{"response":"a\\ud83d"}') == "a�"
+    reading = Reading()
+    reading.frame('{"tool_calls":[{"name":"f","arguments":{"x":"\\ud83d"}}]}')
+    assert reading.tool_calls == ({"name": "f", "arguments": {"x": "�"}},)
+    with pytest.raises(PeerFailure, match="no � here"):
+        reading.frame('{"error":"no \\ud83d here"}')
 
 
 def test_a_frame_is_given_as_soon_as_it_is_complete() -> None:
@@ -158,6 +190,32 @@ def test_usage_that_cannot_be_read_is_unknown(usage: Any) -> None:
     assert read({"response": "a", "usage": usage})[1].usage is None
 
 
+@pytest.mark.parametrize("amount", [10**400, -1, True, float("inf"), [1]])
+def test_an_amount_that_is_none_is_unknown(amount: Any) -> None:
+    usage = {"prompt_tokens": amount, "completion_tokens": 1, "neurons": amount}
+    last = read({"response": "a", "usage": usage})[1]
+    assert (last.usage, last.neurons) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"finish_reason": ["stop"]},
+        {"finish_reason": 7, "tool_calls": 5},
+        {"tool_calls": True},
+        {"tool_calls": {"name": "f"}},
+        {"choices": [{"delta": "x", "message": [1]}]},
+        {"choices": [{"delta": {"tool_calls": 5}, "finish_reason": {}}], "model": 7},
+        {"choices": "x"},
+        {"choices": [["x"]], "model": {}},
+    ],
+)
+def test_a_field_of_another_kind_is_left_out(more: Any) -> None:
+    reading = Reading()
+    assert "".join(reading.frame(json.dumps(data)) for data in ({"response": "a"}, more)) == "a"
+    assert (reading.model, reading.last(100)) == (None, Chunk(finish_reason="stop"))
+
+
 @pytest.mark.parametrize(
     ("data", "message", "code"),
     [
@@ -169,7 +227,12 @@ def test_usage_that_cannot_be_read_is_unknown(usage: Any) -> None:
         ('{"object":"error","message":"broken","code":404}', "broken", 404),
         ('{"detail":"Not Found"}', "Not Found", None),
         ('{"detail":[{"loc":["body","top_p"],"msg":"too small"}]}', "too small", None),
+        ('{"error":{"message":"broken","code":"%s"}}' % ("9" * 5000), "broken", None),
+        ('{"error":{"message":"broken","code":[5006]}}', "broken", None),
+        ('{"error":{"message":["broken"]}}', "broken", None),
+        ('{"error":"%s"}' % ("broken" * 9000), r"^.{1997}\.\.\.$", None),
         ("[" * 100_000, "not a JSON object", None),
+        ('{"error":' + "[" * 100_000 + "]" * 100_000 + "}", "not a JSON object", None),
         ('{"response":"half', "not a JSON object", None),
         ("17", "not a JSON object", None),
     ],

@@ -82,7 +82,10 @@ def test_the_last_chunk_has_what_it_cost_and_the_id_of_the_request(peer: Peer, c
     ids = ("cf-ray: 8a1b-FRA", "cf-ai-req-id: f00d", "cf-ai-neurons: 12.5")
     peer.scripts = [[head("200 OK", "text/event-stream", *ids), frame({"response": "a"}), frame("[DONE]")]]
     answer = Answer(client(), HELLO)
-    assert list(answer) == [Chunk(text="a"), Chunk(finish_reason="stop", neurons=12.5, request_id="f00d")]
+    assert list(answer) == [
+        Chunk(text="a", request_id="f00d"),
+        Chunk(finish_reason="stop", neurons=12.5, request_id="f00d"),
+    ]
     assert (answer.result.neurons, answer.result.request_id) == (12.5, "f00d")
     peer.scripts = [[head("200 OK", "text/event-stream", ids[0], "cf-ai-neurons: many"), frame("[DONE]")]]
     assert collect(client())[0] == [Chunk(finish_reason="stop", request_id="8a1b-FRA")]

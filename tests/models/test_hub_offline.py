@@ -19,8 +19,9 @@ import pytest
 from mistral_nb import models
 from mistral_nb.cli import main
 from mistral_nb.errors import ConfigurationError, ModelError, PullError
+from mistral_nb.foreign import clean
 from mistral_nb.models.hub import endpoint_of_environment
-from mistral_nb.models.hub_failures import Hub, clean
+from mistral_nb.models.hub_failures import Hub
 from tests.models.hub_server import LISTING, Fault, HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded
 
@@ -225,6 +226,7 @@ def test_a_proxy_that_is_no_address(
 
 def test_a_login_is_not_shown() -> None:
     assert clean("at me:hunter2@proxy.example:3128/x, said me@home") == "at [login]@proxy.example:3128/x, said me@home"
+    assert clean("x" * 1_000_000) == "x" * 197 + "..."
     assert len(clean(":" * 1_000_000 + "x:y " * 1_000_000)) == 200
 
 

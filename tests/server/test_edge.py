@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -10,15 +12,23 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from mistral_nb.errors import ConfigurationError
 from mistral_nb.runtime import EngineRecord
+from mistral_nb.server import lifecycle
+from mistral_nb.server.edge import Door
 from mistral_nb.server.journal import REQUEST_LOG
+from mistral_nb.server.limits import BoundedHttp
+from mistral_nb.server.listening import Tls
 from mistral_nb.server.logs import LogFile
 from tests.server.engines import DEADLINE, MODEL, STAND_IN, Engines, EngineUnderTest, eventually, run_path
 
@@ -89,6 +99,61 @@ def test_pages_of_other_origins_are_sent_away(engine: EngineUnderTest, origin: s
     assert answer.status_code == status
     if status == 403:
         assert answer.json()["errors"][0]["code"] == 10000
+
+
+def through_proxy(path: str, *names: str, **headers: str) -> tuple[str, int]:
+    """The scheme that the application is told, and the status, for a request that came in the clear on loopback."""
+    seen = [""]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen[0] = scope["scheme"]
+        await Response()(scope, receive, send)
+
+    transport = httpx.ASGITransport(Door(app, SECRET, names))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return await client.get(path, headers=headers)
+
+    status = asyncio.run(ask()).status_code
+    return seen[0], status
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "expected"),
+    [
+        ("play.example", "https://play.example", ("https", 200)),
+        ("Play.example:443", "https://play.example", ("https", 200)),
+        ("play.example", "http://play.example", ("", 403)),
+        ("play.example", "https://evil.example", ("", 403)),
+        ("127.0.0.1:8000", "https://play.example", ("", 403)),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000", ("http", 200)),
+        ("evil.example", "https://evil.example", ("", 421)),
+    ],
+)
+def test_behind_a_proxy_that_ends_tls(host: str, origin: str, expected: tuple[str, int]) -> None:
+    for given in ("https://play.example", "https://PLAY.example:443/"):
+        assert through_proxy("/health", given, host=host, origin=origin) == expected
+    plain = through_proxy("/health", "play.example", host="play.example", origin="https://play.example")
+    assert plain == ("", 403), "a name alone says nothing of a scheme"
+
+
+@pytest.mark.parametrize("name", ["ftp://a.example", "https://", "https://a.example/path"])
+def test_what_is_no_origin_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="--allow-host"):
+        Door(Response(), SECRET, (name,))
+
+
+def test_a_body_with_two_ends_is_refused(engine: EngineUnderTest) -> None:
+    """And what may be another request after it is not read (RFC 9112, 6.1)."""
+    second = f"GET /health HTTP/1.1\r\nHost: {engine.record.host}\r\n\r\n".encode()
+    for path in ("/health", "/engine/tokenize"):
+        head = f"POST {path} HTTP/1.1\nContent-Length: 5\nTransfer-Encoding: chunked"
+        with engine.raw(head, b"0\r\n\r\n" + second) as connection, connection.makefile("rb") as answer:
+            told = answer.read()
+        assert told.startswith(b"HTTP/1.1 400 ")
+        assert b"connection: close" in told.lower()
+        assert told.count(b"HTTP/1.1 ") == 1
 
 
 def test_no_other_site_may_read_anything(engine: EngineUnderTest) -> None:
@@ -197,6 +262,10 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def public(engines: Engines, pem: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[EngineUnderTest, int]:
     """An engine in the foreground that others reach, and its port."""
+    return start_public(engines, pem, monkeypatch)
+
+
+def start_public(engines: Engines, pem: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[EngineUnderTest, int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("MISTRAL_NB_SERVER_TOKEN", SECRET)
@@ -231,6 +300,47 @@ def test_with_tls_and_a_token_others_reach_it(public: tuple[EngineUnderTest, int
     assert SECRET not in shown
     engine.process.terminate()
     assert engine.process.wait(DEADLINE) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other figures")
+def test_silent_connections_keep_no_one_out(engines: Engines, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are more of them than the process may have files, and none gets as far as a TLS handshake."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        engine, port = start_public(engines, pem, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    engine.ready()
+    with contextlib.ExitStack() as silent:
+        for _ in range(300):
+            silent.enter_context(socket.create_connection(("127.0.0.1", port), timeout=DEADLINE))
+        with pytest.raises(subprocess.TimeoutExpired):
+            engine.process.wait(4)
+        assert httpx.post(
+            engine.record.base_url + run_path(), headers=engine.client.headers, json=SHORT, trust_env=False
+        ).json()["success"]
+        assert engine.log().count("connections are closed as they come: 120 connections are open") == 1
+    assert "Traceback" not in engine.log()
+
+
+def test_a_tls_handshake_that_does_not_come_is_not_waited_for(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedHttp, "head_patience", 0.3)
+
+    async def connect() -> None:
+        server = lifecycle._Server(lifecycle._config(Response(), Tls(pem / "certificate.pem", pem / "key.pem")))
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            async with asyncio.timeout(DEADLINE):
+                assert await reader.read() == b""
+            writer.close()
+            server.should_exit = True
+            await serving
+
+    asyncio.run(connect())
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,9 +20,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mistral_nb import runtime
+from mistral_nb.runtime import EngineRecord
 from mistral_nb.server import limits
 from mistral_nb.server.answering import unless_disconnected
-from mistral_nb.server.limits import BoundedHttp, Gate, Limited
+from mistral_nb.server.limits import BoundedHttp, Gate, Limited, _Fuse
+from mistral_nb.server.listening import Listener
 from mistral_nb.server.playground import LOGIN, STREAM
 from mistral_nb.server.schemas import WireError
 from tests.server.engines import DEADLINE, Engines, EngineUnderTest, eventually, frames, run_path
@@ -139,6 +145,43 @@ def test_a_client_that_reads_slowly_is_not_cut(listening: Listening) -> None:
     assert listening.left.wait(DEADLINE)
 
 
+def test_an_early_answer_reaches_a_client_that_still_sends() -> None:
+    """And says that nothing follows: a client that reads to the end need not wait. What it sends is dropped."""
+    patient, size = Listening(BoundedHttp), 8 << 20
+    head = f"POST /short HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n".encode()
+    with patient.connect(head + bytes(size)) as connection, connection.makefile("rb") as answer:
+        assert answer.read().endswith(b"short")
+    patient.close()
+
+
+def test_who_does_not_stop_sending_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_LINGER", SOON)
+    patient = Listening(BoundedHttp)
+    head = b"POST /short HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 9999999\r\n\r\n"
+    with patient.connect(head) as connection, pytest.raises(OSError, match=r"reset|Broken pipe|aborted"):
+        drip(connection)
+    eventually(lambda: not patient.server.server_state.connections, "nothing is left of it")
+    patient.close()
+
+
+def test_no_fuse_outlives_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would blow on a transport that is gone."""
+    lit: list[_Fuse] = []
+    light = _Fuse.light
+
+    def remember(fuse: _Fuse) -> None:
+        light(fuse)
+        lit.append(fuse)
+
+    monkeypatch.setattr(_Fuse, "light", remember)
+    server = Listening(BoundedHttp)
+    assert is_cut(server.connect(b"GET /short HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
+    eventually(lambda: not server.server.server_state.connections, "the connection is gone")
+    assert lit
+    assert not [fuse for fuse in lit if fuse._timer]
+    server.close()
+
+
 def test_connections_beyond_the_bound_are_dropped() -> None:
     few = Listening(Few)
     opened = [few.connect() for _ in range(Few.max_connections)]
@@ -147,6 +190,49 @@ def test_connections_beyond_the_bound_are_dropped() -> None:
     for connection in opened:
         connection.close()
     few.close()
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[], object]]:
+    """Calling it leaves this process without a file to open."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def leave_none() -> None:
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+
+    yield leave_none
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_process_without_files_closes_connections_as_they_come(
+    few_files: Callable[[], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Listener.over(socket.create_server(("127.0.0.1", 0)), 8) as listener, socket.socket() as client:
+        listener.setblocking(False)
+        client.settimeout(DEADLINE)
+        client.connect(listener.getsockname())
+        few_files()
+        for _ in range(2):
+            with pytest.raises(ConnectionAbortedError):
+                listener.accept()
+        assert client.recv(1) == b""
+    assert caplog.text.count("may open no more files") == 1
+
+
+def test_a_record_that_cannot_be_read_now_is_not_lost(
+    few_files: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRAL_NB_RUNTIME_DIR", str(tmp_path))
+    record = EngineRecord(1, 2, "token", "a", "1", 1, "", 0.0)
+    assert runtime.is_lost(record)
+    runtime.write_record(record)
+    assert not runtime.is_lost(record)
+    assert runtime.is_lost(replace(record, token="another"))
+    few_files()
+    assert not runtime.is_lost(record)
 
 
 def body_of(*parts: bytes, silent: bool = False) -> Receive:

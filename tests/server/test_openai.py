@@ -117,6 +117,7 @@ def test_names_that_it_answers_to(engine: EngineUnderTest, path: str, model: str
         {"n": None, "stop": None, "seed": None, "tools": None, "tool_choice": None, "stream_options": None},
         {"tools": [], "tool_choice": "none"},
         {"max_completion_tokens": 8},
+        {"stop": [], "seed": 0},
     ],
 )
 def test_what_changes_nothing_is_taken(engine: EngineUnderTest, extra: dict[str, Any]) -> None:
@@ -134,6 +135,20 @@ def test_sampling_is_that_of_the_other_wire(engine: EngineUnderTest) -> None:
     del sampling["repetition_penalty"]
     assert text(engine, messages=USER, **sampling, repeat_penalty=1.1) == other
     assert text(engine, messages=USER, **sampling) != other
+
+
+def test_any_whole_number_is_a_seed() -> None:
+    """The engine's own are taken as they are."""
+
+    def taken(seed: Any) -> int | None:
+        body = json.dumps({"messages": USER, "seed": seed}).encode()
+        return parse_chat(body, MODEL, "id").request.seed
+
+    largest = 9_999_999_999
+    assert [taken(seed) for seed in (1, 7, largest, 0, -1, largest + 1)] == [1, 7, largest, largest, largest - 1, 1]
+    for seed in (True, 0.5, "7"):
+        with pytest.raises(InvalidRequest, match="seed"):
+            taken(seed)
 
 
 def test_stop_and_the_newer_name_of_the_limit(engine: EngineUnderTest) -> None:
@@ -189,6 +204,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"functions": [{"name": "f"}]}, "functions", "is not supported here"),
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     ({"temperature": 5.1}, "temperature", "0 to 5"),
+    ({"frequency_penalty": -0.5}, "frequency_penalty", "0 to 2"),
     ({"max_completion_tokens": 9}, "max_tokens", "is not max_completion_tokens"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": 1}}, "stream_options", "include_usage"),
@@ -238,10 +254,28 @@ def test_a_bare_prompts_field_that_is_wrong_is_named(
     assert expected in message
 
 
+def test_no_error_repeats_what_is_long(engine: EngineUnderTest) -> None:
+    """Nor looks for names like it."""
+    long = "x" * (7 << 20)
+    wrong = [
+        {"model": long},
+        {long: 1},
+        {"messages": [{**USER[0], "role": long}]},
+        {"messages": [{**USER[0], long: 1}]},
+    ]
+    for extra in wrong:
+        answer = ask(engine, **{**SHORT, **extra})
+        assert answer.is_client_error
+        assert len(answer.content) < 5000
+    assert len(engine.post({**SHORT, long: 1}).content) < 5000
+    assert len(error_of(ask(engine, **{**SHORT, long: 1}))[2]) <= 200
+
+
 def test_errors_have_the_statuses_of_this_interface(engine: EngineUnderTest) -> None:
     assert error_of(ask(engine, **SHORT, model="gpt-4o"))[:3] == (404, "model_not_found", "model")
     long = [{"role": "user", "content": "word " * 9000}]
-    assert error_of(ask(engine, messages=long))[:2] == (400, "context_length_exceeded")
+    assert error_of(ask(engine, messages=long))[:3] == (400, "context_length_exceeded", "messages")
+    assert error_of(ask(engine, COMPLETIONS, prompt="word " * 9000))[:3] == (400, "context_length_exceeded", "prompt")
     assert error_of(ask(engine, **SHORT, lora="nobodys"))[:3] == (404, "model_not_found", "lora")
     assert error_of(engine.client.post(CHAT, content=b"{"))[:2] == (400, "5006")
     assert error_of(engine.client.post(CHAT, content=b"[]"))[:2] == (400, "5006")

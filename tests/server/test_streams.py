@@ -177,7 +177,7 @@ def test_stop_leaves_others_their_answers(engine: EngineUnderTest) -> None:
     engine.idle()
 
 
-@pytest.mark.parametrize("body", [b"{", b'{"force": "yes"}', b'{"now": true}', b"[]"])
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b'{"force": "yes"}', b'{"now": true}', b"[]"])
 def test_stop_refuses_what_it_does_not_understand(engine: EngineUnderTest, body: bytes) -> None:
     assert engine.client.post("/engine/stop", content=body).json()["errors"][0]["code"] == 5006
     assert engine.health()["state"] == "ready"

@@ -1,0 +1,42 @@
+"""What somebody else said, fit to be shown: cleaned of control characters, links, logins and tokens, and cut short."""
+
+from __future__ import annotations
+
+import re
+
+from mistral_nb.config import Secret
+
+__all__ = ["clean", "plain", "plain_lines"]
+
+
+def clean(said: object, token: Secret | None = None, limit: int = 200) -> str:
+    """A foreign text on one line of `limit` characters, without links, logins, control characters and the token."""
+    text = str(said)
+    if token:
+        text = text.replace(token.reveal(), "[token]")
+    text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w{1,20}://\S+", "[link]", text))
+    return _cut(" ".join(map(_without_login, _printable(text).split())), limit)
+
+
+def plain(said: str, limit: int = 200) -> str:
+    """A foreign name on one line of `limit` characters, without control characters."""
+    return _cut(" ".join(_printable(said[: 2 * limit]).split()), limit)
+
+
+def plain_lines(said: str, limit: int = 4000) -> str:
+    """A foreign text in its own lines, `limit` characters, without control characters."""
+    return _cut("\n".join(_printable(line).rstrip() for line in said[: 2 * limit].splitlines()), limit)
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else " " for each in text)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _without_login(word: str) -> str:
+    """Without USER:PASSWORD before an @."""
+    login, _, rest = word.rpartition("@")
+    return f"[login]@{rest}" if ":" in login else word
