@@ -178,7 +178,10 @@ def test_the_footer_can_be_left_out(run: RunCell, cloud: Peer, capsys: Any) -> N
     assert capsys.readouterr().out == "Blue light.\n"
 
 
-def test_status_tells_who_and_why(run: RunCell, cloud: Peer, capsys: Any) -> None:
+def test_status_tells_who_and_why(
+    run: RunCell, cloud: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("MISTRAL_NB_RUNTIME_DIR", str(tmp_path))
     assert run("%mistral status").success
     shown = capsys.readouterr().out
     assert "a Cloudflare account and token are set" in shown
