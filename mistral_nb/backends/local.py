@@ -114,7 +114,7 @@ class Local:
         return running
 
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
-        shown, begun = "", False
+        shown, begun, cut = "", False, Chunk()
 
         def say(status: str) -> None:
             nonlocal shown
@@ -123,9 +123,13 @@ class Local:
                 emit(Chunk(status=status))
 
         def pass_on(chunk: Chunk) -> None:
-            nonlocal begun
+            nonlocal begun, cut
             begun = begun or bool(chunk.text)
-            emit(replace(chunk, model=title(chunk.model)) if chunk.model else chunk)
+            told = replace(chunk, model=title(chunk.model)) if chunk.model else chunk
+            if chunk.finish_reason == "truncated":
+                cut = told  # whether the engine has crashed is not known yet
+            else:
+                emit(told)
 
         running = self._running(line, say)
         broken = self._ask(running.record, request, line, pass_on)
@@ -137,6 +141,8 @@ class Local:
         crashed = None
         if not line.hung_up and broken.code != _ENGINE_FAILED:
             crashed = _crash(running.record, "in the middle of an answer" if begun else "before it answered")
+        if cut.finish_reason:
+            emit(replace(cut, finish_reason="error") if crashed else cut)
         raise crashed or broken
 
     def _ask(self, record: EngineRecord, request: GenerationRequest, line: Line, emit: Emit) -> BackendError | None:
