@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,10 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_nb.engine.functions import NOTHING, Offer, in_words
-from mistral_nb.engine.tokenizer import Tokenizer, load_tokenizer
+from mistral_nb.engine.tokenizer import Tokenizer
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.functions import parse_calls
 from mistral_nb.types import Function, Message
-from tests.engine.mistral_checkpoints import checkpoint
 
 FORECAST = {
     "type": "object",
@@ -24,20 +22,6 @@ FORECAST = {
     "additionalProperties": False,
 }
 ADD = Function("add", 'def add(a: int, b: int = 1):\n    "Adds."')
-
-
-@pytest.fixture(scope="module")
-def smol(embedded: Path) -> Tokenizer:
-    return load_tokenizer(embedded)
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    root = tmp_path_factory.mktemp("mistral")
-    return {
-        kind: load_tokenizer(checkpoint(root / kind, kind[:2], as_json="json" in kind))
-        for kind in ("v1", "v1-json", "v3", "v3-json")
-    }
 
 
 def turn(role: str, content: Any, name: str | None = None) -> Message:

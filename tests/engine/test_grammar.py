@@ -20,7 +20,6 @@ from mistral_nb.engine.tokenizer import Tokenizer, load_tokenizer
 from mistral_nb.errors import EngineError, InvalidRequest, MissingDependency, ModelError
 from mistral_nb.functions import parse_calls
 from mistral_nb.types import Function, Message
-from tests.engine.mistral_checkpoints import checkpoint
 
 FORECAST: dict[str, Any] = {
     "type": "object",
@@ -58,20 +57,6 @@ FUNCTIONS = [
 ]
 SCHEMAS = {"forecast": FORECAST, "größe": NESTED, "add": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
 CALL = '[{"name": "add", "arguments": {"a": 1}}]'
-
-
-@pytest.fixture(scope="module")
-def smol(embedded: Path) -> Tokenizer:
-    return load_tokenizer(embedded)
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    root = tmp_path_factory.mktemp("mistral")
-    return {
-        kind: load_tokenizer(checkpoint(root / kind, kind[:2], as_json="json" in kind))
-        for kind in ("v1", "v1-json", "v3", "v3-json")
-    }
 
 
 def constraint(tokenizer: Tokenizer, choice: str = "auto", functions: list[Function] | None = None) -> Constraint:
