@@ -87,6 +87,19 @@ class Result:
         raise ValueError("the answer holds no JSON: ask for JSON in the prompt, or lower the temperature")
 
     @property
+    def calls_as_json(self) -> str:
+        """The calls that the model asks for, as text that is safe to show; empty where there are none."""
+        from mistral_nb.safe_markdown import plain_text
+
+        if not self.tool_calls:
+            return ""
+        try:
+            text = json.dumps(self.tool_calls, indent=2, ensure_ascii=False)
+        except RecursionError:
+            return "(calls that are nested too deeply to be shown)"
+        return plain_text(text.encode("utf-8", "replace").decode())
+
+    @property
     def footer(self) -> str:
         """Who answered and how fast, in one line: what is not known is left out."""
         served, timings = self.served_by, self.timings
@@ -128,16 +141,25 @@ class Result:
         return f"<Result {start!r} · {self.footer}>"
 
     def _repr_markdown_(self) -> str:
-        from mistral_nb.safe_markdown import literal, safe_markdown
+        from mistral_nb.safe_markdown import fenced, literal, safe_markdown
 
+        run, asked = self._calls_run(), self.calls_as_json
+        text = safe_markdown(self.text) if self.text.strip() else ""
         footer = f"<small>{literal(self.footer)}</small>"
-        return f"{safe_markdown(self.text)}\n\n{footer}" if self.text.strip() else footer
+        parts = (run and fenced(run, "text"), text, asked and fenced(asked, "json"), footer)
+        return "\n\n".join(part for part in parts if part)
+
+    def _calls_run(self) -> str:
+        from mistral_nb.safe_markdown import plain_text
+
+        return "\n".join(plain_text(str(call)) for call in self.calls)
 
     def _repr_mimebundle_(
         self, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
     ) -> tuple[dict[str, str], dict[str, Any]]:
         """Markdown and plain text for a front end, and the metadata under `mistral_nb`."""
-        data = {"text/markdown": self._repr_markdown_(), "text/plain": f"{self.text}\n\n{self.footer}".lstrip()}
+        plain = "\n\n".join(part for part in (self._calls_run(), self.text, self.calls_as_json, self.footer) if part)
+        data = {"text/markdown": self._repr_markdown_(), "text/plain": plain}
         wanted = set(data) if include is None else set(include)
         kept = {kind: text for kind, text in data.items() if kind in wanted - set(exclude or ())}
         return kept, {"mistral_nb": self.metadata()}

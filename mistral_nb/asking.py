@@ -55,7 +55,8 @@ def _with_calls(
     fields: Mapping[str, Any],
 ) -> Result:
     from mistral_nb.backends import resolve
-    from mistral_nb.calling import MAX_ROUNDS, Rounds, Toolbox
+    from mistral_nb.call_rounds import MAX_ROUNDS, Rounds
+    from mistral_nb.calling import Toolbox
 
     functions = fields.get("functions")
     if isinstance(functions, str) or not isinstance(functions, Sequence) or not functions:

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mistral_nb.backends.workers_ai import DEFAULT_MODEL, WorkersAI
 from mistral_nb.bench import Measurement, check_writable, machine, print_table, write_report
-from mistral_nb.config import Secret
 from mistral_nb.errors import MistralError
+from mistral_nb.secret import Secret
 from mistral_nb.types import GenerationRequest
 
 __all__ = ["FRAMES", "run"]
@@ -105,10 +105,10 @@ def _serve(listener: socket.socket, answer: bytes) -> None:
             connection, _ = listener.accept()
         except OSError:
             return
-        with connection:
+        with connection, suppress(ConnectionError):
             request = b""
-            while not request.endswith(b"}"):
-                request += connection.recv(65536)
+            while not request.endswith(b"}") and (part := connection.recv(65536)):
+                request += part
             connection.sendall(answer)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import math
 import textwrap
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mistral_nb.annotations import fitted
 from mistral_nb.errors import InvalidRequest
-from mistral_nb.python_signature import find_function
+from mistral_nb.python_signature import described, find_function
+from mistral_nb.type_schemas import object_schema, schema_of
 
 __all__ = ["bound", "code_of", "name_of"]
 
 _MAX_DOC = 2000
 _MAX_BITS = 64
+"""Of a default that is told: JSON's readers do not take a number of any length."""
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _LITERALS = (bool, int, float, str, type(None))
 
@@ -35,27 +40,25 @@ def name_of(function: Any) -> str:
 
 
 def code_of(name: str, function: Callable[..., Any]) -> str:
-    """The function's source where its signature can be read back from it; else the signature and docstring as a `def`.
+    """The function's source where that alone tells of its arguments all that is known; else the JSON that does.
 
-    `InvalidRequest` where neither tells the parameters.
+    `InvalidRequest` where nothing tells the parameters.
     """
-    cause: Exception | None = None
     try:
-        signature = inspect.signature(function)
-        code = _source(function)
-        if not _tells(code, name, signature):
-            code = _stub(name, signature, inspect.getdoc(function) or "")
-        if _tells(code, name, signature):
-            return code
-    except (TypeError, ValueError, NameError) as error:
-        cause = error
-    raise InvalidRequest("functions", name, "does not tell its parameters; wrap it into a def of your own") from cause
+        parameters = _schema(function)
+        told = {"description": (inspect.getdoc(function) or "")[:_MAX_DOC], "parameters": parameters}
+        code = json.dumps(told, ensure_ascii=False)
+    except (TypeError, ValueError, NameError, RecursionError) as error:
+        problem = "does not tell its parameters; wrap it into a def of your own"
+        raise InvalidRequest("functions", name, problem) from error
+    source = _source(function)
+    return source if _reads_as(source, name, parameters) else code
 
 
 def bound(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The arguments as the function takes them. `TypeError` says which one is missing, unknown, or of another type."""
     parameters = inspect.signature(function).parameters.values()
-    hints = _hints(function, {each.name: each.annotation for each in parameters})
+    hints = _hints(function, parameters)
     extras = [hints[each.name] for each in parameters if each.kind is each.VAR_KEYWORD]
     named = [each for each in parameters if each.kind not in _VARIADIC]
     names = [each.name for each in named]
@@ -82,57 +85,55 @@ def _source(function: Callable[..., Any]) -> str:
         return ""
 
 
-def _stub(name: str, signature: inspect.Signature, told: str) -> str:
-    """A `def` by `signature`: annotations as texts, which always parse; defaults that are no literals as `Ellipsis`."""
-    parameters = [
-        each.replace(
-            annotation=_as_text(each.annotation),
-            default=each.default if each.default is each.empty or _is_literal(each.default) else ...,
-        )
-        for each in signature.parameters.values()
-    ]
-    plain = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-    return f"def {name}{plain}:\n    {told[:_MAX_DOC]!r}\n"
+def _schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """The JSON schema of the arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    hints = _hints(function, parameters)
+    others = [schema_of(hints[each.name]) for each in parameters if each.kind is each.VAR_KEYWORD]
+    named = [each for each in parameters if each.kind not in _VARIADIC]
+    return object_schema(
+        {each.name: hints[each.name] for each in named},
+        [each.name for each in named if each.default is each.empty],
+        {each.name: each.default for each in named if _is_literal(each.default)},
+        others[0] if others else False,
+    )
 
 
 def _is_literal(value: Any) -> bool:
-    return type(value) in _LITERALS and not (isinstance(value, int) and value.bit_length() > _MAX_BITS)
+    """Whether JSON can say it."""
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return False
+    return type(value) in _LITERALS and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def _as_text(annotation: Any) -> Any:
-    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
-        return annotation
-    return inspect.formatannotation(annotation)
-
-
-def _tells(code: str, name: str, signature: inspect.Signature) -> bool:
-    """Whether `code` defines a function of just these parameters for those who read it."""
+def _reads_as(source: str, name: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether those who read the source find these parameters."""
     try:
-        found = find_function(code, name)
+        found = find_function(source, name)
+        return found is not None and described(found)[1] == parameters
     except (LookupError, ValueError):
         return False
-    if found is None:
-        return False
-    read = [each.arg for each in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
-    return read == [each.name for each in signature.parameters.values() if each.kind not in _VARIADIC]
 
 
-def _hints(function: Callable[..., Any], annotations: Mapping[str, Any]) -> dict[str, Any]:
+def _hints(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
     """The annotations as types, `Any` where there is none and where one cannot be resolved."""
     plain: Any = inspect.unwrap(function)
     if not inspect.isroutine(plain):
         plain = inspect.unwrap(type(plain).__call__)
     names = {each.__name__: each for each in getattr(plain, "__type_params__", ())}
-    return {name: _resolved(each, getattr(plain, "__globals__", {}), names) for name, each in annotations.items()}
+    return {each.name: _resolved(each, getattr(plain, "__globals__", {}), names) for each in parameters}
 
 
-def _resolved(annotation: Any, module: dict[str, Any], names: Mapping[str, Any]) -> Any:
-    """An annotation is a text under `from __future__ import annotations`, and a text in a text where it is quoted."""
-    hint = Any if annotation is inspect.Parameter.empty else annotation
-    for _ in range(2):
-        if isinstance(hint, str):
-            try:
-                hint = eval(hint, module, names)
-            except Exception:  # the user's own expression may fail in any way; then its parameter is not checked
-                return Any
-    return hint
+def _resolved(parameter: inspect.Parameter, module: dict[str, Any], names: dict[str, Any]) -> Any:
+    """An annotation is a text under `from __future__ import annotations`, and so is what is quoted within it."""
+    if parameter.annotation is parameter.empty:
+        return Any
+
+    def holder() -> None: ...
+
+    holder.__annotations__ = {"it": parameter.annotation}
+    try:
+        hint = typing.get_type_hints(holder, module, names, include_extras=True)["it"]
+        return typing.Optional[hint] if parameter.default is None else hint  # noqa: UP045
+    except Exception:  # the user's own expression may fail in any way; then its parameter is not checked
+        return Any

@@ -1,4 +1,4 @@
-"""Running the calls that a model asks for, on the user's own Python functions.
+"""Running a call that a model asks for, on the user's own Python functions.
 
 Nothing is ever run by name or from text: a call reaches one of the very objects that the user handed over, with
 arguments that were checked against its signature and its simple annotations. What goes wrong becomes the call's result,
@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import enum
 import inspect
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mistral_nb.answer import Result
 from mistral_nb.callables import bound, code_of, name_of
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.functions import parse_calls
-from mistral_nb.types import MAX_NAME, MAX_TEXT, Function, GenerationRequest, Message
+from mistral_nb.types import MAX_NAME, Function
 
-__all__ = ["MAX_ROUNDS", "CallRecord", "Rounds", "Toolbox", "check_rounds", "offered"]
+__all__ = ["CallRecord", "Toolbox", "offered", "sendable"]
 
-MAX_ROUNDS = 4
-MOST_ROUNDS = 999
 MAX_RESULT = 16_000
 """Characters of a result that the model is given."""
 MAX_ARGUMENTS = 60_000
@@ -34,6 +34,7 @@ MAX_ARGUMENTS = 60_000
 MAX_DEPTH = 64
 """Lists and objects within each other in a call's arguments."""
 MAX_ERROR = 2_000
+UNFINISHED = "stopped before it ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,19 @@ class CallRecord:
     told: str = field(default="", repr=False)
     shown: str = field(default="", repr=False)
 
-    def __str__(self) -> str:
-        """The call and its outcome in one line."""
+    @property
+    def asked(self) -> str:
+        """The call in one line."""
         given = ", ".join(f"{name}={_shortened(repr(value))}" for name, value in self.arguments.items())
-        outcome = f"failed: {self.error}" if self.error else self.shown
-        return " ".join(f"{self.name}({given}) → {outcome}".split())
+        return " ".join(f"{self.name}({given})".split())
+
+    @property
+    def outcome(self) -> str:
+        """What came of it, in one line."""
+        return " ".join(f"→ {f'failed: {self.error}' if self.error else self.shown}".split())
+
+    def __str__(self) -> str:
+        return f"{self.asked} {self.outcome}"
 
 
 class Toolbox:
@@ -70,107 +79,30 @@ class Toolbox:
             self._functions[name] = function
         self.offered = tuple(Function(name, code_of(name, function)) for name, function in self._functions.items())
 
-    def run(self, call: Mapping[str, Any]) -> CallRecord:
-        """Run one call, {name, arguments}. Whatever an `Exception` says is in the record; an interrupt goes through."""
+    def run(self, call: Mapping[str, Any], begin: Callable[[CallRecord], None] = lambda call: None) -> CallRecord:
+        """Run one call, {name, arguments}. Whatever an `Exception` says is in the record; an interrupt goes through.
+
+        `begin` is given the record of the call as it stands until that has ended.
+        """
         name, arguments, problem = _read(call)
+        record = CallRecord(name, arguments, error=UNFINISHED)
+        begin(record)
         function = self._functions.get(name)
         if function is None:
             problem = f"there is no function {name!r}; there are {', '.join(self._functions)}"
         if problem or function is None:
-            return _failed(CallRecord(name, arguments), problem)
+            return _failed(record, problem)
         began = time.perf_counter()
         checked, result = None, None
         try:
             checked = bound(function, copy.deepcopy(arguments))
             value = function(*checked[0], **checked[1])
             result = _awaited(value) if inspect.isawaitable(value) else value
-            told, shown = _told(result), _shortened(_clean(repr(result)), 200)
+            told, shown = _told(result), _shortened(sendable(repr(result)), 200)
         except Exception as error:  # the user's own code, or that of its result: any failure is told to the model
-            record = CallRecord(name, arguments, result, seconds=time.perf_counter() - began)
+            record = replace(record, result=result, seconds=time.perf_counter() - began)
             return _failed(record, str(error) if checked is None and isinstance(error, TypeError) else _problem(error))
         return CallRecord(name, arguments, result, "", time.perf_counter() - began, told, shown)
-
-
-class Rounds:
-    """A conversation in which the model calls functions: `request` is what to ask next.
-
-    After `limit` rounds of calls the model is asked without functions, so that it has to answer in words.
-    """
-
-    def __init__(self, request: GenerationRequest, toolbox: Toolbox, limit: int = MAX_ROUNDS) -> None:
-        if request.raw:
-            raise InvalidRequest("raw", True, "functions need the chat template; leave raw out")
-        self.request = request.with_(functions=toolbox.offered)
-        self.records: list[CallRecord] = []
-        self._toolbox = toolbox
-        self._left = check_rounds(limit)
-
-    def converse(
-        self,
-        ask: Callable[[GenerationRequest], Result],
-        show: Callable[[CallRecord], None] = lambda call: None,
-        keep: Callable[[Result], object] = lambda result: None,
-    ) -> Result:
-        """`ask`, run the calls and `show` each, until an answer asks for none: that one, with all calls in `calls`.
-
-        Calls beyond the limit stay in its `tool_calls`. Whatever ends this early has in its `result`, which `keep` is
-        given too, the answer so far with the calls that have run.
-        """
-        answer: Result | None = None
-        asking = True
-        try:
-            while True:
-                asking = True
-                answer = ask(self.request)
-                asking = False
-                if not self.take(answer.tool_calls, answer.text, show):
-                    return replace(answer, calls=tuple(self.records))
-        except BaseException as error:
-            # an error of a function that asks a model by itself has another answer in its result
-            partial = (getattr(error, "result", None) if asking else None) or answer
-            if partial is not None:
-                partial = replace(partial, calls=tuple(self.records))
-                keep(partial)
-                with contextlib.suppress(AttributeError):
-                    error.result = partial  # type: ignore[attr-defined]
-            raise
-
-    def take(
-        self,
-        calls: Sequence[Mapping[str, Any]],
-        text: str = "",
-        show: Callable[[CallRecord], None] = lambda call: None,
-    ) -> bool:
-        """Run the calls of an answer, `show` each, and make the next request. False when there were none to run.
-
-        `text` is what the answer says beside its calls: an assistant's turn before the turn of the calls, which leaves
-        the arguments out where they do not fit a turn.
-        """
-        if not calls or self.request.functions is None:
-            return False
-        records: list[CallRecord] = []
-        for call in calls:
-            records.append(self._toolbox.run(call))
-            self.records.append(records[-1])
-            show(records[-1])
-        said = _as_calls([(each.name, each.arguments) for each in records])
-        if len(said) > MAX_TEXT:
-            said = _as_calls([(each.name, {}) for each in records])
-        turns = [*(self.request.messages or (Message("user", self.request.prompt or ""),))]
-        if text.strip():
-            turns.append(Message("assistant", _clean(text)[:MAX_TEXT]))
-        turns += [Message("assistant", said), *(Message("tool", each.told, name=each.name) for each in records)]
-        self._left -= 1
-        functions = self._toolbox.offered if self._left > 0 else None
-        self.request = self.request.with_(prompt=None, messages=tuple(turns), functions=functions)
-        return True
-
-
-def check_rounds(limit: Any) -> int:
-    """A limit of rounds as it is. Raises `InvalidRequest`."""
-    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_ROUNDS:
-        raise InvalidRequest("max_rounds", limit, f"must be a whole number from 1 to {MOST_ROUNDS}")
-    return limit
 
 
 def offered(functions: Any) -> Any:
@@ -188,7 +120,7 @@ def _read(call: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     inner = call.get("function")
     inner = inner if isinstance(inner, Mapping) else call
     name, arguments = inner.get("name"), inner.get("arguments")
-    name = _clean(name)[:MAX_NAME] if isinstance(name, str) and name else "unknown"
+    name = sendable(name)[:MAX_NAME] if isinstance(name, str) and name else "unknown"
     written = (arguments or "{}") if isinstance(arguments, str) else None
     if written is not None:
         try:
@@ -196,7 +128,7 @@ def _read(call: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
         except RecursionError:
             return name, {}, "the arguments are nested too deeply; simplify them"
         except ValueError:
-            return name, {}, f"the arguments are not JSON: {_shortened(_clean(written))}"
+            return name, {}, f"the arguments are not JSON: {_shortened(sendable(written))}"
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -215,10 +147,6 @@ def _read(call: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     return name, calls[0]["arguments"], ""
 
 
-def _as_calls(calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    return json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls], ensure_ascii=False)
-
-
 def _deeper(value: Any, depth: int) -> bool:
     """Whether lists and objects stand within each other more than `depth` times."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
@@ -227,7 +155,7 @@ def _deeper(value: Any, depth: int) -> bool:
 
 def _failed(record: CallRecord, problem: str) -> CallRecord:
     """The record with what went wrong, for its reader and for the model."""
-    error = _shortened(_clean(problem), MAX_ERROR)
+    error = _shortened(sendable(problem), MAX_ERROR)
     return replace(record, error=error, told=json.dumps({"error": error}, ensure_ascii=False))
 
 
@@ -240,50 +168,58 @@ def _problem(error: Exception) -> str:
 
 def _told(result: Any) -> str:
     """A result for the model: a text as it is, all else as JSON, of at most `MAX_RESULT` characters."""
-    text = _clean(result if isinstance(result, str) else json.dumps(_plain(result), ensure_ascii=False))
+    text = sendable(result if isinstance(result, str) else json.dumps(_plain(result), ensure_ascii=False))
     return text if len(text) <= MAX_RESULT else f"{text[:MAX_RESULT]} … (cut; {len(text)} characters in all)"
 
 
 def _awaited(awaitable: Any) -> Any:
     """The result of an awaitable, on an event loop of its own: a notebook's own loop is running already.
 
-    An interrupt of the caller cancels it.
+    An interrupt of the caller cancels it. Tasks that it leaves behind are cancelled.
     """
     import asyncio
 
-    outcome: list[Any] = []
-    loop = asyncio.new_event_loop()
+    outcome: Future[Any] = Future()
+    tasks: list[asyncio.Task[Any]] = []
+    begun = threading.Event()
 
     async def wait() -> Any:
+        tasks.extend(filter(None, [asyncio.current_task()]))
+        begun.set()
         return await awaitable
-
-    task = loop.create_task(wait())
 
     def run() -> None:
         try:
-            outcome.extend((True, loop.run_until_complete(task)))
+            with asyncio.Runner() as runner:
+                result = runner.run(wait())
+        except asyncio.CancelledError:
+            outcome.set_exception(RuntimeError("what it awaits was cancelled"))
         except BaseException as error:  # raised again in the caller's thread
-            if task.done() and not task.cancelled():
-                task.exception()  # the loop passes an interrupt on and leaves the task's own copy to be complained of
-            outcome.extend((False, error))
-        finally:
-            loop.close()
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    task.exception()  # the loop passes an interrupt on; the task's own copy would be complained of
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)
+        begun.set()
 
-    thread = threading.Thread(target=run, name="mistral-nb call", daemon=True)
     try:
-        thread.start()
-        thread.join()
+        threading.Thread(target=run, name="mistral-nb call", daemon=True).start()
+        return outcome.result()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # the loop has ended just now
-            loop.call_soon_threadsafe(task.cancel)
+        begun.wait(1)
+        for task in tasks:
+            with contextlib.suppress(RuntimeError):  # the loop has ended just now
+                task.get_loop().call_soon_threadsafe(task.cancel)
         raise
-    if not outcome[0]:
-        raise outcome[1]
-    return outcome[1]
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it; anything else as its text."""
+    """`value` as JSON can hold it, and as arguments say it; anything else as its text."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -295,6 +231,6 @@ def _shortened(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def _clean(text: str) -> str:
+def sendable(text: str) -> str:
     """Without halves of surrogate pairs, which no wire can send."""
     return text.encode("utf-8", "replace").decode()

@@ -9,22 +9,21 @@ it: an engine process and every client of it must agree on them, so they come fr
 from __future__ import annotations
 
 import difflib
-import hmac
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.secret import Secret
 
 __all__ = [
     "BACKENDS",
     "SETTINGS",
     "USE_LOCAL",
-    "Secret",
     "Setting",
     "Settings",
     "config_path",
@@ -44,36 +43,6 @@ USE_LOCAL = 'use the local engine: --backend local, in Python backend="local"'
 _FOLDERS = {"home": "MISTRAL_NB_HOME", "runtime_dir": "MISTRAL_NB_RUNTIME_DIR", "log_dir": "MISTRAL_NB_LOG_DIR"}
 
 Kind = Literal["backend", "device", "precision", "text", "tokens", "secret", "url", "bool", "seconds"]
-
-
-class Secret:
-    """A text that shows itself nowhere: not in repr, str, format, pickle or JSON. `reveal()` gives it."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return "Secret(...)"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
-
-    def __hash__(self) -> int:
-        return hash((Secret, self._value))
-
-    def __copy__(self) -> Secret:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret cannot be pickled: read it from the environment where it is needed")
 
 
 @dataclass(frozen=True, slots=True)

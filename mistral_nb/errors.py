@@ -66,13 +66,21 @@ class InvalidRequest(MistralError):
         self.field = field
         self.value = value
         self.problem = problem
-        super().__init__(f"{_cut(field)} = {_cut(repr(value))}: {problem}")
+        super().__init__(f"{_cut(field)} = {_shown(value)}: {problem}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.problem), self._state()
 
     def _state(self) -> dict[str, Any]:
         return {**self.__dict__, "args": self.args}
+
+
+def _shown(value: Any) -> str:
+    """A value that is nested too deeply, and a number with too many digits, cannot be written out."""
+    try:
+        return _cut(repr(value))
+    except (RecursionError, ValueError):
+        return f"a value of type {type(value).__name__}"
 
 
 def _cut(text: str) -> str:
@@ -124,12 +132,17 @@ class AdapterError(ModelError):
 
 
 class BackendError(MistralError):
-    """The peer answered with an error. `code` is the wire's own, `status` the HTTP one; either may be None."""
+    """The peer answered with an error. `code` is the wire's own, `status` the HTTP one, `retry_after` the seconds that
+    it asks to wait; each may be None.
+    """
 
-    def __init__(self, message: str, *, code: int | None = None, status: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: int | None = None, status: int | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.status = status
+        self.retry_after = retry_after
 
 
 class AuthenticationError(BackendError):
@@ -137,13 +150,7 @@ class AuthenticationError(BackendError):
 
 
 class RateLimited(BackendError):
-    """Too many requests, no capacity, or the allowance is spent. `retry_after` is in seconds, or None."""
-
-    def __init__(
-        self, message: str, *, code: int | None = None, status: int | None = None, retry_after: float | None = None
-    ) -> None:
-        super().__init__(message, code=code, status=status)
-        self.retry_after = retry_after
+    """Too many requests, no capacity, or the allowance is spent."""
 
 
 class ConnectionFailed(BackendError):

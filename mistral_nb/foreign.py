@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 
-from mistral_nb.config import Secret
+from mistral_nb.secret import Secret
 
 __all__ = ["clean", "plain", "plain_lines"]
 
 
 def clean(said: object, token: Secret | None = None, limit: int = 200) -> str:
     """A foreign text on one line of `limit` characters, without links, logins, control characters and the token."""
-    text = str(said)
-    if token:
-        text = text.replace(token.reveal(), "[token]")
-    text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w{1,20}://\S+", "[link]", text))
+    text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w{1,20}://\S+", "[link]", _without(token, str(said))))
     return _cut(" ".join(map(_without_login, _printable(text).split())), limit)
 
 
@@ -23,9 +20,14 @@ def plain(said: str, limit: int = 200) -> str:
     return _cut(" ".join(_printable(said[: 2 * limit]).split()), limit)
 
 
-def plain_lines(said: str, limit: int = 4000) -> str:
-    """A foreign text in its own lines, `limit` characters, without control characters."""
-    return _cut("\n".join(_printable(line).rstrip() for line in said[: 2 * limit].splitlines()), limit)
+def plain_lines(said: str, token: Secret | None = None, limit: int = 4000) -> str:
+    """A foreign text in its own lines, `limit` characters, without control characters and the token."""
+    lines = _without(token, said[: 2 * limit]).splitlines()
+    return _cut("\n".join(_printable(line).rstrip() for line in lines), limit)
+
+
+def _without(token: Secret | None, text: str) -> str:
+    return text.replace(token.reveal(), "[token]") if token else text
 
 
 def _printable(text: str) -> str:

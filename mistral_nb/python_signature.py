@@ -5,28 +5,37 @@ from __future__ import annotations
 import ast
 import inspect
 import threading
+import types
 import warnings
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union
+
+from mistral_nb.type_schemas import object_schema, schema_of
 
 __all__ = ["described", "find_function"]
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
-_SIMPLE: dict[str, dict[str, Any]] = {
-    "int": {"type": "integer"},
-    "float": {"type": "number"},
-    "str": {"type": "string"},
-    "bool": {"type": "boolean"},
-    "None": {"type": "null"},
-    "list": {"type": "array"},
-    "tuple": {"type": "array"},
-    "set": {"type": "array"},
-    "Sequence": {"type": "array"},
-    "Iterable": {"type": "array"},
-    "dict": {"type": "object"},
-    "Mapping": {"type": "object"},
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "None": None,
+    "list": list,
+    "List": list,
+    "tuple": tuple,
+    "Tuple": tuple,
+    "set": set,
+    "Set": set,
+    "frozenset": frozenset,
+    "Sequence": Sequence,
+    "Iterable": Iterable,
+    "dict": dict,
+    "Dict": dict,
+    "Mapping": Mapping,
 }
-_OTHER_NAMES = {"List": "list", "Tuple": "tuple", "Set": "set", "frozenset": "set", "Dict": "dict"}
+_CONTAINERS = (list, set, frozenset, Sequence, Iterable, dict, Mapping)
 _TOO_DEEP = (RecursionError, MemoryError)
 
 _parsing = threading.Lock()
@@ -79,19 +88,19 @@ def _described(function: Definition) -> tuple[str, dict[str, Any]]:
     defaults = [*[None] * (len(positional) - len(signature.defaults)), *signature.defaults]
     parameters = dict(zip(positional, defaults, strict=True))
     parameters |= zip(signature.kwonlyargs, signature.kw_defaults, strict=True)
-    schema: dict[str, Any] = {
-        "type": "object",
-        "properties": {node.arg: _property(node.annotation, default) for node, default in parameters.items()},
-        "required": [node.arg for node, default in parameters.items() if default is None],
-        "additionalProperties": _schema(signature.kwarg.annotation) if signature.kwarg else False,
-    }
+    schema = object_schema(
+        {node.arg: _parameter_type(node, default) for node, default in parameters.items()},
+        [node.arg for node, default in parameters.items() if default is None],
+        {node.arg: value for node, default in parameters.items() for value in _literal(default)},
+        schema_of(_type(signature.kwarg.annotation)) if signature.kwarg else False,
+    )
     return inspect.cleandoc(ast.get_docstring(function) or ""), schema
 
 
-def _property(annotation: ast.expr | None, default: ast.expr | None) -> dict[str, Any]:
-    schema = _schema(annotation)
-    values = _literal(default)
-    return {**schema, "default": values[0]} if values else schema
+def _parameter_type(node: ast.arg, default: ast.expr | None) -> Any:
+    """The type of a parameter; one whose default is None takes None, whatever it says."""
+    hint = _type(node.annotation)
+    return _union([hint, None]) if _literal(default) == [None] else hint
 
 
 def _literal(node: ast.expr | None) -> list[Any]:
@@ -104,72 +113,60 @@ def _literal(node: ast.expr | None) -> list[Any]:
     return []
 
 
-def _schema(node: ast.expr | None) -> dict[str, Any]:
-    """The JSON schema of what an annotation names."""
+def _type(node: ast.expr | None) -> Any:
+    """The type that an annotation names, put together without running anything; `Any` for one that is not known."""
     match node:
         case ast.Constant(str(text)):
             try:
                 body = _parsed(text).body
             except (SyntaxError, ValueError):
-                return {}
-            return _schema(body[0].value) if len(body) == 1 and isinstance(body[0], ast.Expr) else {}
+                return Any
+            return _type(body[0].value) if len(body) == 1 and isinstance(body[0], ast.Expr) else Any
         case ast.Constant(None):
-            return _SIMPLE["None"]
-        case ast.BinOp(left, ast.BitOr(), right):
-            return _any_of([left, right])
+            return None
+        case ast.BinOp(_, ast.BitOr(), _):
+            return _union(map(_type, _choices(node)))
         case ast.Subscript(origin, index):
             return _generic(_name(origin), index.elts if isinstance(index, ast.Tuple) else [index])
         case ast.Name() | ast.Attribute():
-            return dict(_SIMPLE.get(_name(node), {}))
-    return {}
+            return _TYPES.get(_name(node), Any)
+    return Any
+
+
+def _choices(node: ast.expr) -> list[ast.expr]:
+    """What stands between the bars of `a | b | c`."""
+    found = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        found.append(node.right)
+        node = node.left
+    return [node, *reversed(found)]
 
 
 def _name(node: ast.expr) -> str:
-    last = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return _OTHER_NAMES.get(last, last)
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-def _generic(name: str, arguments: list[ast.expr]) -> dict[str, Any]:
+def _generic(name: str, arguments: list[ast.expr]) -> Any:
     if not arguments:
-        return dict(_SIMPLE.get(name, {}))
+        return _TYPES.get(name, Any)
+    values = [value for node in arguments for value in _literal(node)]
     match name:
         case "Optional":
-            return _any_of([*arguments, ast.Constant(None)])
+            return _union([_type(arguments[0]), None])
         case "Union":
-            return _any_of(arguments)
+            return _union(map(_type, arguments))
         case "Literal":
-            return _enum(arguments)
+            return Literal[tuple(values)] if len(values) == len(arguments) else Any
         case "Annotated":
             notes = [value for node in arguments[1:] for value in _literal(node) if isinstance(value, str)]
-            schema = _schema(arguments[0])
-            return {**schema, "description": notes[0]} if notes else schema
-        case "list" | "set" | "Sequence" | "Iterable":
-            return {"type": "array", "items": _schema(arguments[0])}
-        case "tuple":
-            return _tuple(arguments)
-        case "dict" | "Mapping":
-            return {"type": "object", "additionalProperties": _schema(arguments[-1])}
-    return {}
+            return Annotated[_type(arguments[0]), notes[0]] if notes else _type(arguments[0])
+        case "tuple" | "Tuple":
+            endless = isinstance(arguments[-1], ast.Constant) and arguments[-1].value is Ellipsis
+            inner = (_type(arguments[0]), ...) if endless else tuple(map(_type, arguments))
+            return types.GenericAlias(tuple, inner)
+    kind = _TYPES.get(name)
+    return types.GenericAlias(kind, tuple(map(_type, arguments))) if kind in _CONTAINERS else Any
 
 
-def _any_of(nodes: list[ast.expr]) -> dict[str, Any]:
-    choices: list[dict[str, Any]] = []
-    for node in nodes:
-        schema = _schema(node)
-        if not schema:
-            return {}
-        inner = schema["anyOf"] if schema.keys() == {"anyOf"} else [schema]
-        choices += [choice for choice in inner if choice not in choices]
-    return choices[0] if len(choices) == 1 else {"anyOf": choices}
-
-
-def _enum(nodes: list[ast.expr]) -> dict[str, Any]:
-    values = [value for node in nodes for value in _literal(node)]
-    return {"enum": values} if len(values) == len(nodes) else {}
-
-
-def _tuple(arguments: list[ast.expr]) -> dict[str, Any]:
-    if isinstance(arguments[-1], ast.Constant) and arguments[-1].value is Ellipsis:
-        return {"type": "array", "items": _schema(arguments[0])}
-    items = [_schema(argument) for argument in arguments]
-    return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items), "maxItems": len(items)}
+def _union(hints: Iterable[Any]) -> Any:
+    return Union[tuple(hints)]  # noqa: UP007

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mistral_nb.backends import resolve
-from mistral_nb.config import SETTINGS, Secret, Settings, config_path
+from mistral_nb.config import SETTINGS, Settings, config_path
 from mistral_nb.engine_control import EngineStatus, status
 from mistral_nb.errors import MistralError
 from mistral_nb.model_report import models_summary
 from mistral_nb.models import store_path
 from mistral_nb.progress import duration
 from mistral_nb.runtime import runtime_dir
+from mistral_nb.secret import Secret
 from mistral_nb.tables import indent, table
 
 __all__ = ["engines_table", "status_report"]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-__all__ = ["literal", "plain_text", "safe_markdown"]
+__all__ = ["MAX_MATH", "SCHEMES", "fenced", "is_formula", "literal", "plain_text", "safe_markdown"]
 
 SCHEMES = frozenset({"http", "https", "mailto", "ftp"})
 MAX_MATH = 2000
@@ -68,6 +68,12 @@ def plain_text(text: str) -> str:
 def literal(line: str) -> str:
     """A line of plain text for the midst of Markdown or HTML, where no sign in it means anything."""
     return re.sub(r"""[&<>"`*_~\[\]|\\$]""", lambda sign: f"&#{ord(sign[0])};", plain_text(line))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """`text` as one code block, whatever fences it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def safe_markdown(text: str) -> str:
@@ -283,7 +289,7 @@ def _dollars(run: _Run, match: re.Match[str]) -> tuple[str, int]:
     sign, start = match[0], match.end()
     end = run.formula_end(start, sign)
     body = run.text[start:end] if end else ""
-    if not end or not _is_formula(body) or (sign == "$" and body[0].isspace()):
+    if not end or not is_formula(body) or (sign == "$" and body[0].isspace()):
         return _DOLLAR * len(sign), start
     return sign + _formula(body) + sign, end + len(sign)
 
@@ -292,7 +298,7 @@ def _bracketed(run: _Run, match: re.Match[str]) -> tuple[str, int]:
     closing, sign = ("\\]", "$$") if match[0] == "\\[" else ("\\)", "$")
     end = run.formula_end(match.end(), closing)
     body = run.text[match.end() : end].strip() if end else ""
-    if not end or not _is_formula(body):
+    if not end or not is_formula(body):
         return match[0], match.end()
     return sign + _formula(body) + sign, end + len(closing)
 
@@ -301,12 +307,12 @@ def _environment(run: _Run, match: re.Match[str]) -> tuple[str, int]:
     closing = f"\\end{{{match['name']}}}"
     end = run.formula_end(match.end(), closing)
     body = run.text[match.start() : end + len(closing)] if end else ""
-    if not _is_formula(body):
+    if not is_formula(body):
         return _tex(run, match)
     return f"$${_formula(body)}$$", match.start() + len(body)
 
 
-def _is_formula(body: str) -> bool:
+def is_formula(body: str) -> bool:
     """Whether it can be typeset: whole, with no sign that would end it early, and no command that makes a link."""
     if not body.strip() or set(body) & set('`$"') or body.endswith("\\") or _ACTIVE_TEX.search(body):
         return False

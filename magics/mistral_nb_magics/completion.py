@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ from mistral_nb_magics.options import FORMATS
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-__all__ = ["add_completion", "candidates", "remove_completion"]
+__all__ = ["add_completion", "candidates", "known_models", "remove_completion"]
 
 _CELL = re.compile(r"\s*%%mistral(?!\S)")
 _LINE = re.compile(r"(?:^|.*=)\s*%mistral(?!\S)")
@@ -56,22 +57,54 @@ def _words(
     word: str, former: list[str], in_line: bool, namespace: Mapping[str, Any], options: Iterable[str]
 ) -> Iterable[str]:
     last = former[-1] if former else ""
+    if former[:1] == ["lora"] and in_line and (len(former) == 1 or former[1] in LORA_ACTIONS):
+        return _lora_words(word, former)
+    if last == "--lora":
+        return _adapters()
     if last == "--backend":
         return BACKENDS
     if last == "--format":
         return FORMATS
     if last == "--model" or (former in _BEFORE_A_MODEL and not word.startswith("-")):
-        return _models()
+        return known_models()
     if last in _NAMED:
         return _names("", namespace)
-    if former == ["lora"] and in_line and not word.startswith("-"):
-        return LORA_ACTIONS
-    if former and former[0] in COMMANDS and in_line:
+    if former and former[0] in COMMANDS and former[0] != "lora" and in_line:
         parser = COMMANDS[former[0]][1]
         return [name for action in parser._actions for name in action.option_strings]
     if word.startswith("-"):
         return options
     return COMMANDS if in_line and not former else ()
+
+
+def _lora_words(word: str, former: list[str]) -> Iterable[str]:
+    if len(former) == 1:
+        return LORA_ACTIONS
+    takes = LORA_ACTIONS[former[1]]
+    if "folder" in takes and len(former) == 2 and not word.startswith("-"):
+        return _folders(word)
+    if former[-1] == "--model":
+        from mistral_nb.finetunes.adapter import DEFAULT_MODEL
+
+        return (DEFAULT_MODEL,)
+    return [f"--{name}" for name in takes if name != "folder"] if word.startswith("-") else ()
+
+
+def _folders(begun: str) -> list[str]:
+    """The paths of folders that may go on from `begun`, hidden ones only where it says so; those of one word."""
+    parent, name = begun[: begun.rfind("/") + 1], begun[begun.rfind("/") + 1 :]
+    try:
+        with os.scandir(os.path.expanduser(parent) or ".") as entries:
+            found = sorted(entry.name for entry in entries if entry.is_dir() and " " not in entry.name)
+    except OSError:
+        return []
+    return [f"{parent}{each}/" for each in found if name or not each.startswith(".")]
+
+
+def _adapters() -> list[str]:
+    from mistral_nb.finetunes.known import known_names
+
+    return known_names()
 
 
 def _names(owner: str, namespace: Mapping[str, Any]) -> list[str]:
@@ -84,7 +117,7 @@ def _names(owner: str, namespace: Mapping[str, Any]) -> list[str]:
         return []
 
 
-def _models() -> list[str]:
+def known_models() -> list[str]:
     """The names, aliases and hub ids of the known models, and the names of those that are here."""
     from mistral_nb.models import KNOWN, installed
 

@@ -15,7 +15,7 @@ from IPython.core.displaypub import CapturingDisplayPublisher
 
 from mistral_nb.answer import Result
 from mistral_nb.progress import for_terminal, has_bar, status_line
-from mistral_nb.safe_markdown import literal, plain_text, safe_markdown
+from mistral_nb.safe_markdown import fenced, literal, plain_text, safe_markdown
 from mistral_nb.types import Chunk
 from mistral_nb_magics.stream import Surface
 
@@ -166,12 +166,6 @@ def _source(text: str, form: str) -> str:
     return fenced(text, "html") if form == "html" else text
 
 
-def fenced(text: str, language: str) -> str:
-    """`text` as one code block, whatever fences it holds."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
 def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, Bundle]:
     """What is saved of an answer, by MIME type, and its metadata: the text, the mark if any, and the footer.
 
@@ -180,7 +174,7 @@ def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, 
     footer = _footer(result, style)
     code = "\n".join(result.code) if style.form == "code" else ""
     text = fenced(code, "python") if code else result.text.strip("\n")
-    calls = calls_as_json(result)
+    calls = result.calls_as_json
     plain = "\n\n".join(part for part in (plain_text(text), calls, mark, footer) if part)
     metadata = {"mistral_nb": {**result.metadata(), "why": style.why or None}}
     if style.form == "text":
@@ -190,17 +184,6 @@ def final_bundle(result: Result, style: Style, mark: str = "") -> tuple[Bundle, 
     shown = safe_markdown(source) if text.strip() else ""
     parts = (shown, calls and fenced(calls, "json"), f"**{mark}**" if mark else "", small)
     return {"text/markdown": "\n\n".join(part for part in parts if part) or "*(empty)*", "text/plain": plain}, metadata
-
-
-def calls_as_json(result: Result) -> str:
-    """The calls that the model asks for, as text that is safe to show; empty where there are none."""
-    if not result.tool_calls:
-        return ""
-    try:
-        text = json.dumps(result.tool_calls, indent=2, ensure_ascii=False)
-    except RecursionError:
-        return "(calls that are nested too deeply to be shown)"
-    return plain_text(text.encode("utf-8", "replace").decode())
 
 
 def _final_source(result: Result, form: str) -> str:
@@ -261,7 +244,7 @@ class TerminalDisplay:
         self._wipe()
         if self._last not in ("", "\n"):
             self._write("\n")
-        if calls := calls_as_json(result):
+        if calls := result.calls_as_json:
             self._write(f"{calls}\n")
         mark = mark_of(error) or _limit(result, self._style)
         lines = [line for line in (mark, _footer(result, self._style)) if line]

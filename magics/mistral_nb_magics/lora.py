@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from IPython.core.error import UsageError
 
 from mistral_nb.config import Settings
+from mistral_nb_magics.commands import LORA_ACTIONS
 
 __all__ = ["run_lora"]
 
@@ -28,9 +29,10 @@ class Work(Protocol):
 
 
 def run_lora(options: Namespace, settings: Settings, work: Work) -> None:
-    """Do what `%mistral lora` was asked for, and print what came of it. `UsageError` where a word is missing."""
+    """Do what `%mistral lora` was asked for, and print what came of it. `UsageError` for a word missing or too many."""
     from mistral_nb.finetunes import report
 
+    _refuse_unused(options)
     match options.action:
         case "list":
             print(report.local_report())
@@ -43,6 +45,14 @@ def run_lora(options: Namespace, settings: Settings, work: Work) -> None:
             _push(options, settings, work)
         case _:
             raise UsageError("%mistral lora list, public, check DIR, or push DIR --name N?")
+
+
+def _refuse_unused(options: Namespace) -> None:
+    takes = LORA_ACTIONS.get(options.action, vars(options))
+    for name, value in vars(options).items():
+        if name != "action" and value is not None and name not in takes:
+            what = f"folder ({value})" if name == "folder" else f"--{name}"
+            raise UsageError(f"%mistral lora {options.action} takes no {what}; leave it out")
 
 
 def _folder(options: Namespace) -> Path:
@@ -72,7 +82,7 @@ def _push(options: Namespace, settings: Settings, work: Work) -> None:
         options.name,
         settings=settings,
         model=options.model or DEFAULT_MODEL,
-        description=options.description,
+        description=options.description or "",
         progress=show,
     )
 
@@ -84,6 +94,7 @@ def _push(options: Namespace, settings: Settings, work: Work) -> None:
             ended.set()
 
     def stopped() -> str:
+        task.stop()
         ended.wait(_CLEARING_UP)
         return task.told
 

@@ -16,7 +16,8 @@ from IPython.core.error import UsageError
 from traitlets import Float, Int, TraitType, Unicode
 
 from mistral_nb.asking import make_request
-from mistral_nb.calling import MAX_ROUNDS, Toolbox, check_rounds
+from mistral_nb.call_rounds import MAX_ROUNDS, check_rounds
+from mistral_nb.calling import Toolbox
 from mistral_nb.config import BACKENDS
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import FIELDS, Field, GenerationRequest

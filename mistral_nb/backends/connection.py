@@ -2,7 +2,7 @@
 
 A connection is an httpx client of its own with room for one socket, so that its user knows that socket before a byte
 is sent, and closing it harms nobody else. Clients share one TLS context. A connection is only given back when its
-answer was read to the end.
+answer was read to the end. Those who ask share connections, so no cookie is kept.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mistral_nb.backends.pump import Line
-from mistral_nb.config import Secret
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.foreign import clean
+from mistral_nb.secret import Secret
 
 if TYPE_CHECKING:
     import ssl
 
     import httpx
 
-__all__ = ["close_all", "send"]
+__all__ = ["close_all", "redirect", "send"]
 
 # Seconds. Past it, a middlebox may have forgotten an idle connection without telling.
 IDLE = 30.0
 _PER_HOST = 4
+_LOCATION = "mistral_nb.location"
 
 _Key = tuple[str, str, bool, int]
 
@@ -56,6 +59,8 @@ class Connection:
                 verify=_unused_tls()
                 if direct
                 else _tls(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")),
+                event_hooks={"response": [_set_apart]},
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
                 limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=IDLE),
             )
         except OSError as error:
@@ -243,6 +248,24 @@ def send(
             _POOL.give_back(connection)
         else:
             _POOL.discard(connection)
+
+
+def redirect(response: httpx.Response) -> str | None:
+    """Where an answer redirects to, in words; None where it does not."""
+    location = response.extensions.get(_LOCATION)
+    if location is None:
+        return None
+    try:
+        host = urlsplit(location).netloc.rpartition("@")[2]
+    except ValueError:
+        return "what is no address"
+    return clean(host) or "another path"
+
+
+def _set_apart(response: httpx.Response) -> None:
+    """httpx reads the address of a redirect that it does not follow, and fails in several ways where it is none."""
+    if response.has_redirect_location:
+        response.extensions[_LOCATION] = response.headers.pop("location")
 
 
 def _unsign(requests: list[Any]) -> None:

@@ -19,20 +19,21 @@ from urllib.parse import unquote, urlsplit
 
 from mistral_nb import __version__
 from mistral_nb.backends import connection
-from mistral_nb.backends.failures import Failure, seconds, to_error
-from mistral_nb.backends.pump import Emit, HungUp, Line
-from mistral_nb.backends.retry import NotListening, Retries
+from mistral_nb.backends.failures import Failure, to_error
+from mistral_nb.backends.pump import Emit, Line
+from mistral_nb.backends.retry import NotListening, patiently
 from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames, peer_failure
-from mistral_nb.config import Secret, Settings
+from mistral_nb.config import Settings
 from mistral_nb.errors import BackendError, ConnectionFailed, MistralError, RequestTimeout, StreamTruncated
 from mistral_nb.foreign import clean, plain, plain_lines
 from mistral_nb.runtime import is_loopback
-from mistral_nb.types import Chunk, FinishReason, GenerationRequest
+from mistral_nb.secret import Secret
+from mistral_nb.types import Chunk, GenerationRequest
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Exchange", "NotListening", "Timeouts", "broken", "said_by", "target"]
+__all__ = ["Exchange", "NotListening", "Timeouts", "broken", "said_by"]
 
 MODEL_HEADER = "x-mistral-nb-model"
 _REQUEST_IDS = ("cf-ai-req-id", "cf-ray", "x-request-id")
@@ -101,21 +102,18 @@ class Exchange:
 
         Raises `MistralError`. Its cause is not chained: the frames of an HTTP client hold the request.
         """
-        retries = Retries(self.retry_deadline)
-        while True:
-            live = _Live(self, line, emit)
-            failure = self._once(live)
-            if failure is None:
-                return
-            again = None if live.begun or line.hung_up else retries.next(failure, live.retry_after)
-            if again is None:
-                live.end(failure)
-                raise failure
-            wait, status = again
-            line.release()
-            emit(Chunk(status=status))
-            if line.wait(wait):
-                raise HungUp
+        failure = patiently(lambda: self._try(_Live(self, line, emit)), self.retry_deadline, line, emit)
+        if failure is not None:
+            raise failure
+
+    def _try(self, live: _Live) -> MistralError | None:
+        """The failure after the first text, with what the answer cost emitted. Raises the one before it."""
+        failure = self._once(live)
+        if failure is not None and not live.begun:
+            raise failure
+        if failure is not None:
+            live.cost()
+        return failure
 
     def _once(self, live: _Live) -> MistralError | None:
         import httpx
@@ -164,22 +162,13 @@ class Exchange:
         if not_made:
             return not_made
         if live.begun:
-            return live.truncated(detail)
+            return live.cut_off(detail)
         return ConnectionFailed(f"{self.peer} broke the connection before the first text ({detail}). Try again")
 
 
 def said_by(message: str, token: Secret | None, *, engine: bool) -> str:
     """A peer's message, fit to be shown: a mistral-nb server's in its own lines, anybody else's on one."""
-    return plain_lines(message) if engine else clean(message, token, _MESSAGE)
-
-
-def target(response: httpx.Response) -> str:
-    """Where a redirect leads, in words."""
-    try:
-        host = urlsplit(response.headers["location"]).netloc.rpartition("@")[2]
-    except ValueError:
-        return "what is no address"
-    return clean(host) or "another path"
+    return plain_lines(message, token) if engine else clean(message, token, _MESSAGE)
 
 
 def broken(who: str, error: Exception, connect: float, token: Secret | None = None) -> tuple[str, MistralError | None]:
@@ -206,7 +195,6 @@ class _Live:
         self.line = line
         self.begun = False
         self.request_id: str | None = None
-        self.retry_after: float | None = None
         self._exchange = exchange
         self._emit = emit
         self._model: str | None = None
@@ -241,6 +229,8 @@ class _Live:
             self._say(reading.body(_all_of(body)))
         elif not self._follow(frames(body)):
             raise self._without_end(head, headers.get("content-type", ""))
+        if reading.failed:
+            raise PeerFailure(f"it ended the answer early: {reading.failed}")
         self._told()
         self._emit(replace(self._last(), model=self._model))
         self._finish(arriving)
@@ -251,11 +241,9 @@ class _Live:
         neurons = _finite(last.neurons) if self._neurons is None else self._neurons
         return replace(last, request_id=self.request_id, neurons=neurons)
 
-    def end(self, failure: MistralError) -> None:
-        """Emit the last chunk of an answer that has begun and does not end well. Its calls may lack pieces."""
-        if self.begun and not self.line.hung_up:
-            reason: FinishReason = "truncated" if isinstance(failure, StreamTruncated) else "error"
-            self._emit(replace(self._last(), finish_reason=reason, tool_calls=()))
+    def cost(self) -> None:
+        """Emit what an answer that does not end well has cost. Its calls may lack pieces."""
+        self._emit(replace(self._last(), finish_reason=None, tool_calls=()))
 
     def _follow(self, data: Iterable[str]) -> bool:
         """Say each frame. True once the end mark has come."""
@@ -307,18 +295,18 @@ class _Live:
             return RequestTimeout(self.line.expired)
         start = head.lstrip()
         if not start or self._framed or any(start.startswith(name[: len(start)]) for name in _SSE):
-            return self.truncated("no end mark")
-        told = f" ({clean(kind)})" if kind else ""
+            return self.cut_off("no end mark")
+        told = f" ({clean(kind, self._exchange.token)})" if kind else ""
         return BackendError(
             f"{self._exchange.who} answers with what is no event stream{told}. Check its address, and whether the "
             "network wants a login first",
             status=200,
         )
 
-    def truncated(self, detail: str) -> StreamTruncated:
-        return StreamTruncated(
-            f"{self._exchange.peer} broke the answer off before its end ({detail}); the text so far is kept. Ask again"
-        )
+    def cut_off(self, detail: str) -> StreamTruncated:
+        when = "before its end" if self.begun else "before the first text"
+        kept = "; the text so far is kept" if self.begun else ""
+        return StreamTruncated(f"{self._exchange.peer} broke the answer off {when} ({detail}){kept}. Ask again")
 
     def _rejected(self, response: httpx.Response, parts: Iterator[bytes]) -> MistralError:
         """The error of a status other than 2xx, with the peer's own words where its body holds any."""
@@ -329,14 +317,12 @@ class _Live:
             said = peer_failure(json.loads(body.decode("utf-8", "replace")))
         except (ValueError, RecursionError):
             said = None
-        if response.has_redirect_location:
-            said = PeerFailure(f"it redirects to {target(response)}, where the request and the token are not sent")
-        header = response.headers.get("retry-after")
-        self.retry_after = seconds(header)
+        if (elsewhere := connection.redirect(response)) is not None:
+            said = PeerFailure(f"it redirects to {elsewhere}, where the request and the token are not sent")
         return self._exchange.failed(
             said or PeerFailure(response.reason_phrase or "an error without a message"),
             response.status_code,
-            header,
+            response.headers.get("retry-after"),
             self.request_id,
         )
 

@@ -85,14 +85,7 @@ _Make = Callable[[Failure], MistralError]
 
 def _backend(kind: type[BackendError], hint: str) -> _Make:
     def make(failure: Failure) -> MistralError:
-        return kind(failure.with_hint(hint), code=failure.code, status=failure.status)
-
-    return make
-
-
-def _limited(hint: str) -> _Make:
-    def make(failure: Failure) -> MistralError:
-        return RateLimited(
+        return kind(
             failure.with_hint(hint),
             code=failure.code,
             status=failure.status,
@@ -159,7 +152,7 @@ def _other(failure: Failure) -> MistralError:
     server = failure.status is not None and failure.status >= 500
     redirects = failure.status is not None and 300 <= failure.status < 400
     hint = "Try again in a moment" if server else "Check the address" if redirects else "Check the request"
-    return BackendError(failure.with_hint(hint), code=failure.code, status=failure.status)
+    return _backend(BackendError, hint)(failure)
 
 
 def seconds(header: str | None) -> float | None:
@@ -198,10 +191,10 @@ _BY_CODE: dict[int, _Make] = {
     3006: _overflow,
     5021: _overflow,
     **dict.fromkeys((3007, 3008, 3046), _SLOW),
-    **dict.fromkeys((3036, 4006), _limited(f"The day's allowance is spent until 00:00 UTC; {USE_LOCAL}")),
-    3040: _limited(f"No capacity now; try again in a moment, or {USE_LOCAL}"),
+    **dict.fromkeys((3036, 4006), _backend(RateLimited, f"The day's allowance is spent until 00:00 UTC; {USE_LOCAL}")),
+    3040: _backend(RateLimited, f"No capacity now; try again in a moment, or {USE_LOCAL}"),
     3043: _backend(BackendError, "Try again in a moment"),
-    971: _limited("The account sends too much at once; wait and try again"),
+    971: _backend(RateLimited, "The account sends too much at once; wait and try again"),
 }
 _BY_STATUS: dict[int, _Make] = {
     401: _TOKEN,
@@ -210,5 +203,5 @@ _BY_STATUS: dict[int, _Make] = {
     408: _SLOW,
     410: _BY_CODE[5028],
     413: _overflow,
-    429: _limited("Wait a moment and try again"),
+    429: _backend(RateLimited, "Wait a moment and try again"),
 }

@@ -15,11 +15,12 @@ from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.pump import Emit, HungUp, Line, Pump
 from mistral_nb.backends.wire import peer_failure
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
-from mistral_nb.config import Secret, Settings
+from mistral_nb.config import Settings
 from mistral_nb.engine_control import call, check, ended, is_gone, is_hung, log_tail
 from mistral_nb.errors import BackendError, ConnectionFailed, EngineCrashed, StreamTruncated
 from mistral_nb.models import EMBEDDED, canonical, find_known, locate
 from mistral_nb.runtime import EngineRecord
+from mistral_nb.secret import Secret
 from mistral_nb.types import Chunk, Description, GenerationRequest
 
 __all__ = ["STANDS_IN_FOR", "Local"]
@@ -114,7 +115,7 @@ class Local:
         return running
 
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
-        shown, begun, cut = "", False, Chunk()
+        shown, begun = "", False
 
         def say(status: str) -> None:
             nonlocal shown
@@ -123,13 +124,9 @@ class Local:
                 emit(Chunk(status=status))
 
         def pass_on(chunk: Chunk) -> None:
-            nonlocal begun, cut
+            nonlocal begun
             begun = begun or bool(chunk.text)
-            told = replace(chunk, model=title(chunk.model)) if chunk.model else chunk
-            if chunk.finish_reason == "truncated":
-                cut = told  # whether the engine has crashed is not known yet
-            else:
-                emit(told)
+            emit(replace(chunk, model=title(chunk.model)) if chunk.model else chunk)
 
         running = self._running(line, say)
         broken = self._ask(running.record, request, line, pass_on)
@@ -141,8 +138,6 @@ class Local:
         crashed = None
         if not line.hung_up and broken.code != _ENGINE_FAILED:
             crashed = _crash(running.record, "in the middle of an answer" if begun else "before it answered")
-        if cut.finish_reason:
-            emit(replace(cut, finish_reason="error") if crashed else cut)
         raise crashed or broken
 
     def _ask(self, record: EngineRecord, request: GenerationRequest, line: Line, emit: Emit) -> BackendError | None:

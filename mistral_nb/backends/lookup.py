@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mistral_nb import __version__
-from mistral_nb.backends.connection import send
-from mistral_nb.backends.exchange import Timeouts, broken, target
-from mistral_nb.backends.failures import seconds
-from mistral_nb.backends.pump import Emit, HungUp, Line
-from mistral_nb.backends.retry import Retries
-from mistral_nb.config import Secret
+from mistral_nb.backends.connection import redirect, send
+from mistral_nb.backends.exchange import Timeouts, broken
+from mistral_nb.backends.pump import HungUp, Line
 from mistral_nb.errors import BackendError, ConfigurationError, ConnectionFailed, MistralError, RequestTimeout
 from mistral_nb.runtime import is_loopback
-from mistral_nb.types import Chunk
+from mistral_nb.secret import Secret
 
-__all__ = ["Asked", "Peer", "check_address", "patiently"]
+__all__ = ["Peer", "Told", "check_address"]
 
 _LARGEST = 8 << 20
 _LABEL = "[A-Za-z0-9_-]{1,63}"
 _PATH = r"(/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?"
 _ADDRESS = re.compile(rf"https?://(\[[0-9A-Fa-f:.]+\]|{_LABEL}(\.{_LABEL})*)(:[0-9]{{1,5}})?{_PATH}")
 
-T = TypeVar("T")
 
+class Told(NamedTuple):
+    """What a peer answered: the HTTP status, the JSON (None where it is none), and the header Retry-After."""
 
-@dataclass(slots=True)
-class Asked:
-    """How many seconds the latest answer asks to `wait`, None where it does not say."""
-
-    wait: float | None = None
+    status: int
+    data: Any
+    retry_after: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +47,10 @@ class Peer:
         parts = urlsplit(self.base_url)
         return parts.scheme == "http" and is_loopback(parts.hostname or "")
 
-    def get(self, path: str, line: Line, asked: Asked) -> tuple[int, Any]:
-        """The HTTP status and the JSON of the answer, None where it is no JSON. `asked` takes its Retry-After.
-
-        Raises `ConnectionFailed`, `RequestTimeout` and `BackendError`, and `HungUp` once `line` is.
-        """
+    def get(self, path: str, line: Line) -> Told:
+        """The answer. Raises `ConnectionFailed`, `RequestTimeout` and `BackendError`, and `HungUp` once `line` is."""
         import httpx
 
-        asked.wait = None
         limit = self.timeouts.first_token
         line.within(limit, f"{self.name} did not answer within {limit:g} s. Try again, or raise first_token_timeout")
         failure: MistralError
@@ -73,12 +64,11 @@ class Peer:
                 direct=self.direct,
                 headers={"Accept": "application/json", "User-Agent": f"mistral-nb/{__version__}"},
             ) as response:
-                asked.wait = seconds(response.headers.get("retry-after"))
-                if response.has_redirect_location:
+                if (elsewhere := redirect(response)) is not None:
                     raise BackendError(
-                        f"{self.name} redirects to {target(response)}, where the token is not sent. Set its address"
+                        f"{self.name} redirects to {elsewhere}, where the token is not sent. Set its address"
                     )
-                return response.status_code, self._json(response)
+                return Told(response.status_code, self._json(response), response.headers.get("retry-after"))
         except (httpx.TransportError, httpx.DecodingError) as error:
             if line.hung_up:
                 raise HungUp from None
@@ -105,23 +95,6 @@ class Peer:
         return not_made or ConnectionFailed(
             f"{self.name} broke the connection before it answered ({detail}). Try again"
         )
-
-
-def patiently(attempt: Callable[[Asked], T], deadline: float, line: Line, emit: Emit) -> T:
-    """What `attempt` gives, tried again as an answer is: within `deadline` seconds, with a status while it waits."""
-    retries, asked = Retries(deadline), Asked()
-    while True:
-        try:
-            return attempt(asked)
-        except MistralError as error:
-            again = None if line.hung_up else retries.next(error, asked.wait)
-            if again is None:
-                raise
-        wait, status = again
-        line.release()
-        emit(Chunk(status=status))
-        if line.wait(wait):
-            raise HungUp
 
 
 def check_address(url: str, origin: str, *, token: bool = True) -> str:

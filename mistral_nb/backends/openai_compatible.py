@@ -8,10 +8,11 @@ from typing import Any
 
 from mistral_nb.backends.exchange import Exchange, Timeouts, said_by
 from mistral_nb.backends.failures import Failure
-from mistral_nb.backends.lookup import Asked, Peer, check_address, patiently
+from mistral_nb.backends.lookup import Peer, check_address
 from mistral_nb.backends.openai_wire import assemble, body_of, explain, path_of
 from mistral_nb.backends.pump import Emit, Line, Pump
-from mistral_nb.backends.wire import peer_failure
+from mistral_nb.backends.retry import patiently
+from mistral_nb.backends.wire import mended, peer_failure
 from mistral_nb.config import USE_LOCAL, Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import BackendError, ConfigurationError, InvalidRequest
@@ -42,7 +43,7 @@ class OpenAICompatible:
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         started = time.monotonic()
         if self._model is None:
-            self._model = patiently(lambda asked: self._only(request, line, asked), self._retry_deadline, line, emit)
+            self._model = patiently(lambda: self._only(request, line), self._retry_deadline, line, emit)
 
         model = self._model
 
@@ -55,7 +56,7 @@ class OpenAICompatible:
             url=f"{self._peer.base_url}/{path_of(request)}",
             token=self._peer.token,
             body=encode_json(body_of(request, model)),
-            model=model,
+            model=_title(model),
             request=request,
             timeouts=self._peer.timeouts,
             retry_deadline=max(0.0, self._retry_deadline - (time.monotonic() - started)),
@@ -68,7 +69,7 @@ class OpenAICompatible:
 
         llama.cpp's server answers for every name. Gateways add a version or a vendor to a name.
         """
-        told, asked = chunk.model or "", request.lora or model
+        told, asked = chunk.model or "", plain(request.lora or model)
         if told in asked or asked in told:
             return replace(chunk, model=None)
         if request.lora is not None:
@@ -76,30 +77,30 @@ class OpenAICompatible:
             raise InvalidRequest("lora", request.lora, problem)
         return replace(chunk, model=_title(told))
 
-    def _only(self, request: GenerationRequest, line: Line, asked: Asked) -> str:
+    def _only(self, request: GenerationRequest, line: Line) -> str:
         """The one model of the server's list. `ConfigurationError` names them where there are more."""
-        status, data = self._peer.get("/models", line, asked)
+        status, data, retry_after = self._peer.get("/models", line)
+        said = peer_failure(data) if isinstance(data, dict) else None
+        if status != 200 or said:
+            told = said_by(said.message, self._peer.token, engine=False) if said else "it does not list its models"
+            raise explain(Failure(self._peer.name, "", request, told, None, status, retry_after))
         listed = data.get("data") if isinstance(data, dict) else None
-        if status != 200 or not isinstance(listed, list):
-            said = peer_failure(data) if isinstance(data, dict) else None
-            told = said_by(said.message, self._peer.token, engine=False) if said else "it lists no models"
-            raise explain(Failure(self._peer.name, "its models", request, told, None, status))
-        names: list[str] = [
-            entry["id"]
-            for entry in listed
-            if isinstance(entry, dict) and isinstance(entry.get("id"), str) and not _adapter(entry)
+        names = [
+            mended(entry["id"])
+            for entry in (listed if isinstance(listed, list) else [])
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry["id"] and not _adapter(entry)
         ]
         if len(names) == 1:
             return names[0]
         if not names:
-            raise BackendError(f"{self._peer.name} serves no model. Start it with one, or name one: --model NAME")
+            raise BackendError(f"{self._peer.name} lists no model. Start it with one, or name one: --model NAME")
         shown = ", ".join(map(plain, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise ConfigurationError(f"{self._peer.name} serves several models. Name one with --model: {shown}")
 
 
 def _title(model: str) -> str:
-    """A model by its file's name, where it is called by the path of its file."""
-    return model.rpartition("/")[2] if model.startswith("/") else model
+    """A model as it is shown: by its file's name, where it is called by the path of its file."""
+    return plain(model.rpartition("/")[2] if model.startswith("/") else model)
 
 
 def _adapter(entry: dict[str, Any]) -> bool:

@@ -177,13 +177,15 @@ _ADDRESS = "Check openai_base_url, which ends with the version as in https://hos
 def explain(failure: Failure) -> MistralError:
     """The typed error for what an OpenAI-compatible server said, in the words of vLLM, SGLang, llama.cpp and OpenAI.
 
-    Their codes are texts or HTTP statuses, so only the status and the message count.
+    Their codes are texts or HTTP statuses, so only the status and the message count; an error that comes as a frame
+    has its status there alone. A failure to say which models there are has no model.
     """
-    failure = replace(failure, code=None)
-    status, request = failure.status, failure.request
+    status = failure.status or (failure.code if failure.code in range(400, 600) else None)
+    failure = replace(failure, code=None, status=status)
+    request = failure.request
     if status in (401, 403):
         return AuthenticationError(failure.with_hint(_KEY), status=status)
-    if status == 404 and "model" in failure.message.lower():
+    if status == 404 and failure.model and "model" in failure.message.lower():
         if request.lora is not None:
             return InvalidRequest("lora", request.lora, f"{failure.peer} has no such adapter ({failure.said})")
         told = replace(failure, peer=f"{failure.peer} does not answer for {failure.model}")

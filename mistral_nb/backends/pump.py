@@ -12,15 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from mistral_nb.errors import MistralError, StreamTruncated
-from mistral_nb.types import Chunk
+from mistral_nb.types import Chunk, FinishReason
 
 __all__ = ["Emit", "HungUp", "Line", "Produce", "Pump"]
 
 Emit = Callable[[Chunk], None]
+# Seconds. On Windows an interrupt does not wake a thread that waits for a lock.
+_POLL = 0.1 if sys.platform == "win32" else None
 
 
 class HungUp(Exception):
@@ -50,7 +53,11 @@ class Line:
 
     def wait(self, seconds: float) -> bool:
         """Sleep, but wake as soon as the caller has hung up. True when it has."""
-        return self._hung_up.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while _POLL and (left := deadline - time.monotonic()) > 0:
+            if self._hung_up.wait(min(left, _POLL)):
+                return True
+        return self._hung_up.wait(max(0.0, deadline - time.monotonic()))
 
     def hang_up(self) -> None:
         self._hung_up.set()
@@ -115,15 +122,14 @@ class Line:
 Produce = Callable[[Line, Emit], None]
 _HANG_UP = object()
 _END = object()
-# Seconds. On Windows an interrupt does not wake a thread that waits for a lock.
-_POLL = 0.1 if sys.platform == "win32" else None
 
 
 class Pump:
     """The `ChunkStream` of `produce(line, emit)`, which runs in a thread of its own.
 
-    `produce` emits status, text and one last chunk, or raises; it looks at `line` where it waits. Its error, if a
-    `MistralError` after the first text, becomes a last chunk first where `produce` has emitted none.
+    `produce` emits status, text and one last chunk, or raises; it looks at `line` where it waits. A `MistralError`
+    after the first text becomes a last chunk first, where `produce` has emitted none. A chunk of neither status, text
+    nor finish reason is not delivered: it tells what that last chunk is to tell of the cost.
     """
 
     def __init__(self, produce: Produce) -> None:
@@ -174,9 +180,13 @@ class Pump:
 
 def _run(produce: Produce, line: Line, queue: SimpleQueue[Any]) -> None:
     begun = ended = False
+    cost = Chunk()
 
     def emit(chunk: Chunk) -> None:
-        nonlocal begun, ended
+        nonlocal begun, ended, cost
+        if not (chunk.status or chunk.text or chunk.finish_reason):
+            cost = chunk
+            return
         begun = begun or bool(chunk.text)
         ended = ended or chunk.finish_reason is not None
         queue.put(chunk)
@@ -187,7 +197,8 @@ def _run(produce: Produce, line: Line, queue: SimpleQueue[Any]) -> None:
         return
     except BaseException as error:  # handed to the caller's thread, which raises it
         if begun and not ended and isinstance(error, MistralError):
-            queue.put(Chunk(finish_reason="truncated" if isinstance(error, StreamTruncated) else "error"))
+            reason: FinishReason = "truncated" if isinstance(error, StreamTruncated) else "error"
+            queue.put(replace(cost, finish_reason=reason))
         queue.put(error)
     finally:
         line.release()

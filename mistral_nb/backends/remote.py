@@ -7,10 +7,11 @@ from dataclasses import replace
 from urllib.parse import quote
 
 from mistral_nb.backends.exchange import Exchange, Timeouts, said_by
-from mistral_nb.backends.failures import Failure, to_error
+from mistral_nb.backends.failures import Failure, seconds, to_error
 from mistral_nb.backends.local import STANDS_IN_FOR, title
-from mistral_nb.backends.lookup import Asked, Peer, check_address, patiently
+from mistral_nb.backends.lookup import Peer, check_address
 from mistral_nb.backends.pump import Emit, Line, Pump
+from mistral_nb.backends.retry import patiently
 from mistral_nb.backends.wire import peer_failure
 from mistral_nb.config import Settings
 from mistral_nb.engine_control import encode_json
@@ -46,7 +47,7 @@ class Remote:
     def _answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         started = time.monotonic()
         if self._model is None:
-            self._model = patiently(lambda asked: self._held(request, line, asked), self._retry_deadline, line, emit)
+            self._model = patiently(lambda: self._held(request, line), self._retry_deadline, line, emit)
 
         def pass_on(chunk: Chunk) -> None:
             emit(replace(chunk, model=title(chunk.model)) if chunk.model else chunk)
@@ -64,9 +65,9 @@ class Remote:
             header_tells_model=True,
         ).run(line, pass_on)
 
-    def _held(self, request: GenerationRequest, line: Line, asked: Asked) -> str:
+    def _held(self, request: GenerationRequest, line: Line) -> str:
         """The model that the server holds. `MistralError` in its own words where it does not say."""
-        status, data = self._peer.get("/engine/health", line, asked)
+        status, data, retry_after = self._peer.get("/engine/health", line)
         if status == 200 and isinstance(data, dict) and isinstance(data.get("model"), str):
             self._where = ", ".join(plain(str(data[name])) for name in ("device", "precision") if data.get(name))
             return plain(data["model"])
@@ -75,9 +76,12 @@ class Remote:
             raise BackendError(
                 f"{self._peer.name} does not answer as `mistral-nb serve` does (HTTP {status}). Check its address",
                 status=status,
+                retry_after=seconds(retry_after),
             )
         words = said_by(said.message, self._peer.token, engine=True)
-        raise to_error(Failure(self._peer.name, "its model", request, words, said.code, status, engine=True))
+        raise to_error(
+            Failure(self._peer.name, "its model", request, words, said.code, status, retry_after, engine=True)
+        )
 
 
 def remote(settings: Settings, address: str, origin: str, model: str | None = None) -> Remote:

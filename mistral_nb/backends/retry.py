@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from mistral_nb.backends.pump import Emit, HungUp, Line
 from mistral_nb.errors import (
     AuthenticationError,
     BackendError,
@@ -18,8 +21,11 @@ from mistral_nb.errors import (
     RequestTimeout,
     StreamTruncated,
 )
+from mistral_nb.types import Chunk
 
-__all__ = ["NotListening", "Retries"]
+__all__ = ["NotListening", "Retries", "patiently"]
+
+T = TypeVar("T")
 
 # Seconds: the first wait is up to BASE, each next one up to twice as much, none longer than LONGEST.
 BASE = 0.5
@@ -47,15 +53,15 @@ class Retries:
     tries: int = 1
     _started: float = field(default_factory=time.monotonic)
 
-    def next(self, error: MistralError, asked: float | None = None) -> tuple[float, str] | None:
+    def next(self, error: MistralError) -> tuple[float, str] | None:
         """Seconds to wait before the next try, and the line that says so; None where `error` is the end.
 
-        `asked` is what the peer's Retry-After said, in seconds. The error's message then tells how often was tried, and
-        of a wait that is too long.
+        The error's message then tells how often was tried, and of a wait that is too long.
         """
         reason, most = _reason(error)
         if not reason or not self.deadline:
             return None
+        asked = error.retry_after if isinstance(error, BackendError) else None
         left = self.deadline - (time.monotonic() - self._started)
         wait = _RANDOM.uniform(0, min(LONGEST, BASE * 2 ** (self.tries - 1)))
         if asked is not None:
@@ -74,6 +80,26 @@ class Retries:
             f"{told}. It asks for a wait of {math.ceil(asked)} s, and retry_deadline is {self.deadline:g} s: "
             "ask again after that, or raise retry_deadline"
         )
+
+
+def patiently(attempt: Callable[[], T], deadline: float, line: Line, emit: Emit) -> T:
+    """What `attempt` gives, tried again within `deadline` seconds where its `MistralError` may mend.
+
+    A status is emitted before each wait. Ends with `HungUp` once `line` is hung up.
+    """
+    retries = Retries(deadline)
+    while True:
+        try:
+            return attempt()
+        except MistralError as error:
+            again = None if line.hung_up else retries.next(error)
+            if again is None:
+                raise
+        wait, status = again
+        line.release()
+        emit(Chunk(status=status))
+        if line.wait(wait):
+            raise HungUp
 
 
 def _reason(error: MistralError) -> tuple[str, float]:

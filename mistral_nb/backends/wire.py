@@ -34,7 +34,14 @@ _HALF = re.compile("[\ud800-\udfff]")
 _OPEN_HALF = re.compile("[\ud800-\udbff]\\Z")
 # Without one of these keys it is no error.
 _MARKS = frozenset({"errors", "error", "object", "detail", "success"})
-_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"}
+_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "model_length": "length",
+    "tool_calls": "tool_calls",
+}
+# What OpenAI, vLLM, SGLang and gateways give for an answer that they did not let come to its end.
+_FAILURES = frozenset({"abort", "content_filter", "error"})
 
 
 class PeerFailure(Exception):
@@ -58,7 +65,7 @@ def frames(parts: Iterable[bytes]) -> Iterator[str]:
     # Two newlines more let an event through whose end the peer left out.
     body = httpx.Response(
         200,
-        headers={"content-type": "text/event-stream; charset=utf-8"},
+        headers={"content-type": "text/event-stream; charset=utf-8-sig"},
         content=itertools.chain(_bounded(parts), (b"\n\n",)),
     )
     for event in EventSource(body).iter_sse():
@@ -111,6 +118,11 @@ class Reading:
         if not isinstance(result, dict) or not result.keys() & {"response", "choices", "tool_calls"}:
             raise PeerFailure(f"the answer holds no response: {_short(data)}")
         return self._take(result) + ("\ufffd" if self._half else "")
+
+    @property
+    def failed(self) -> str:
+        """The finish reason, where it says that the answer is no whole one; else empty."""
+        return self.finish_reason if self.finish_reason in _FAILURES else ""
 
     def last(self, max_tokens: int) -> Chunk:
         """The last chunk. Where the peer told no reason, a full measure of tokens means `length`."""

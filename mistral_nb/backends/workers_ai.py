@@ -14,10 +14,11 @@ from mistral_nb.backends.exchange import Exchange, NotListening, Timeouts
 from mistral_nb.backends.failures import Withdrawn
 from mistral_nb.backends.lookup import check_address
 from mistral_nb.backends.pump import Emit, Line, Pump
-from mistral_nb.config import CLOUDFLARE_URL, USE_LOCAL, Secret, Settings
+from mistral_nb.config import CLOUDFLARE_URL, USE_LOCAL, Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import ConfigurationError, InvalidRequest
 from mistral_nb.runtime import is_loopback
+from mistral_nb.secret import Secret
 from mistral_nb.types import FIELDS, Chunk, Description, GenerationRequest
 
 __all__ = ["DEFAULT_MODEL", "NotListening", "Timeouts", "WorkersAI", "cloudflare"]
@@ -25,6 +26,8 @@ __all__ = ["DEFAULT_MODEL", "NotListening", "Timeouts", "WorkersAI", "cloudflare
 DEFAULT_MODEL = "@hf/mistral/mistral-7b-instruct-v0.2"
 _ACCOUNT = re.compile(r"[0-9a-f]{32}")
 _MODEL = re.compile(r"@(cf|hf)(/(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]*){2}")
+# Models that are not asked again in this process, by base URL and name.
+_WITHDRAWN: set[tuple[str, str]] = set()
 _STEERING = re.compile(r"[?#%\\\x00-\x20\x7f]|(^|/)\.{1,2}(/|$)")
 
 
@@ -66,25 +69,15 @@ class WorkersAI:
     def answer(self, request: GenerationRequest, line: Line, emit: Emit) -> None:
         """Read one answer to its end in this thread: what `stream` pumps, for a backend with something to do first.
 
-        Where the peer has withdrawn the model, `fallback_model` is asked once in its place, but not after text.
+        Where the peer has withdrawn the model, `fallback_model` is asked once in its place, but not after text. The
+        model is then not asked again in this process.
         """
         started = time.monotonic()
-        withdrawn: Withdrawn
-        begun = False
-
-        def note(chunk: Chunk) -> None:
-            nonlocal begun
-            begun = begun or bool(chunk.text)
-            emit(chunk)
-
-        try:
-            return self._exchange(self.model, request, self.retry_deadline).run(line, note)
-        except Withdrawn as error:
-            withdrawn = error
         other = self.fallback_model
-        if begun or not other or other == self.model or line.hung_up:
-            raise withdrawn
-        line.release()
+        if other in ("", self.model):
+            return self._exchange(self.model, request, self.retry_deadline).run(line, emit)
+        if (self.base_url, self.model) not in _WITHDRAWN and not self._is_withdrawn(request, line, emit):
+            return None
         emit(Chunk(status=f"{self.peer} has withdrawn {self.model}; asking {other}"))
 
         def in_its_place(chunk: Chunk) -> None:
@@ -96,6 +89,25 @@ class WorkersAI:
         except Withdrawn:
             both = f"{self.peer} has withdrawn {self.model}, and {other} too: name another model, or {USE_LOCAL}"
         raise Withdrawn(both)
+
+    def _is_withdrawn(self, request: GenerationRequest, line: Line, emit: Emit) -> bool:
+        """Ask `model` itself. True where its peer has withdrawn it, rather than answered for it."""
+        begun = False
+
+        def note(chunk: Chunk) -> None:
+            nonlocal begun
+            begun = begun or bool(chunk.text)
+            emit(chunk)
+
+        try:
+            self._exchange(self.model, request, self.retry_deadline).run(line, note)
+        except Withdrawn:
+            if begun or line.hung_up:
+                raise
+            _WITHDRAWN.add((self.base_url, self.model))
+            line.release()
+            return True
+        return False
 
     def _exchange(self, model: str, request: GenerationRequest, retry_deadline: float) -> Exchange:
         return Exchange(

@@ -41,16 +41,17 @@ _RESULTS = "Results of the functions:\n"
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The functions that the model is told of, and whether it must call one.
+    """The functions that the model is told of, whether it must call one, and whether it may call several.
 
-    `choice` is `auto`, `required`, or the name of the one function that must be called.
+    `choice` is `auto`, `required`, or the name of the one function that must be called, once.
     """
 
     tools: tuple[Tool, ...]
     choice: str = "auto"
+    single: bool = False
 
     @classmethod
-    def of(cls, functions: Sequence[Function] | None, choice: str = "auto") -> Offer:
+    def of(cls, functions: Sequence[Function] | None, choice: str = "auto", *, single: bool = False) -> Offer:
         """Raises `InvalidRequest` for a function that cannot be offered, and for a choice that is none.
 
         `none` offers nothing, once the functions have been read.
@@ -61,7 +62,7 @@ class Offer:
         if choice not in MODES and all(tool.name != choice for tool in tools):
             names = ", ".join(tool.name for tool in tools)
             raise InvalidRequest("tool_choice", choice, f"must be {', '.join(MODES)}, or one of {names}")
-        return NOTHING if choice == "none" else cls(tools, choice)
+        return NOTHING if choice == "none" else cls(tools, choice, single or choice not in MODES)
 
 
 NOTHING = Offer(())

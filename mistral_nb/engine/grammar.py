@@ -174,7 +174,7 @@ def _grammar(offer: Offer, start: str) -> str:
     named = offer.choice not in ("auto", "required")
     tools = [tool for tool in offer.tools if not named or tool.name == offer.choice]
     call = "\n    | ".join(f"{_literal(tool.name)} ARGUMENTS %json {_schema(tool)} CLOSE" for tool in tools)
-    rules = _GRAMMAR.replace("MORE", "" if named else f"(NEXT call){{0,{MAX_CALLS - 1}}}")
+    rules = _GRAMMAR.replace("MORE", "" if offer.single else f"(NEXT call){{0,{MAX_CALLS - 1}}}")
     return rules.replace("START", start).replace("CALL", call)
 
 

@@ -88,13 +88,15 @@ class Tokenizer:
         chat = self._chat_format()
         return chat.render(chat.parts(messages, Offer.of(functions, choice)))
 
-    def constraint(self, functions: Sequence[Function] | None, choice: str, vocab_size: int) -> Constraint | None:
-        """What holds an answer to whole calls of `functions`; None where it cannot hold a call.
+    def constraint(
+        self, functions: Sequence[Function] | None, choice: str, vocab_size: int, *, single: bool = False
+    ) -> Constraint | None:
+        """What holds an answer to whole calls of `functions`, or to a `single` one; None where it cannot hold a call.
 
         `vocab_size` is the model's, which may be larger than the tokenizer's. Raises `InvalidRequest` for a function
         whose schema no grammar can be made of, and `MissingDependency` without llguidance.
         """
-        offer = Offer.of(functions, choice)
+        offer = Offer.of(functions, choice, single=single)
         if not offer.tools:
             return None
         with self._building:

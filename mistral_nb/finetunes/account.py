@@ -6,10 +6,10 @@ again as answers are; what writes is not.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import reprlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +17,19 @@ from urllib.parse import quote, urlsplit
 
 from mistral_nb import __version__
 from mistral_nb.backends import connection
-from mistral_nb.backends.exchange import Exchange, said_by, target
+from mistral_nb.backends.exchange import Exchange, broken, said_by
 from mistral_nb.backends.failures import Failure, to_error
-from mistral_nb.backends.pump import Line
-from mistral_nb.backends.retry import NotListening, Retries
+from mistral_nb.backends.pump import HungUp, Line
+from mistral_nb.backends.retry import patiently
 from mistral_nb.backends.wire import PeerFailure, peer_failure
 from mistral_nb.backends.workers_ai import cloudflare
-from mistral_nb.checkpoints.untrusted import quoted
+from mistral_nb.checkpoints.untrusted import quoted, readable
 from mistral_nb.config import Settings
 from mistral_nb.engine_control import encode_json
-from mistral_nb.errors import AdapterError, BackendError, ConnectionFailed, MistralError, RateLimited, RequestTimeout
+from mistral_nb.errors import AdapterError, BackendError, ConnectionFailed, MistralError, RequestTimeout
 from mistral_nb.finetunes.adapter import DEFAULT_MODEL, Adapter, adapter_from_wire
-from mistral_nb.foreign import clean
 from mistral_nb.progress import Report
-from mistral_nb.types import GenerationRequest
+from mistral_nb.types import Chunk, GenerationRequest
 
 if TYPE_CHECKING:
     import httpx
@@ -62,6 +61,16 @@ class Account:
         self._service = cloudflare(settings, model)
         self._retry_deadline = settings.retry_deadline
         self._say = say
+        self._line = Line()
+
+    def hang_up(self) -> None:
+        """End what is under way, and all that comes after it: `HungUp` or `ConnectionFailed` where it is waited for."""
+        self._line.hang_up()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; `HungUp` as soon as somebody hangs up."""
+        if self._line.wait(seconds):
+            raise HungUp
 
     def adapters(self) -> list[Adapter]:
         """The account's own."""
@@ -75,18 +84,20 @@ class Account:
         """A new adapter, without files yet. `Refused` where the service does not take it."""
         record = {"model": self._service.model, "name": name, "description": description}
         result = self._call(
-            "POST", "finetunes", Line(), content=encode_json(record), headers={"Content-Type": "application/json"}
+            "POST", "finetunes", content=encode_json(record), headers={"Content-Type": "application/json"}
         )
         return next(iter(_adapters(result)), None) or _unreadable(result)
 
-    def upload(self, adapter: Adapter, path: Path, report: Report) -> None:
-        """One file of an adapter. What `report` raises ends it. `Refused` where the service does not take it."""
-        line = Line()
-        with _Upload(path, lambda done, size: self._moved(line, path.name, done, size, report)) as file:
+    def upload(self, adapter: Adapter, path: Path, sha256: str, report: Report) -> None:
+        """One file of an adapter, which must have that SHA-256. What `report` raises ends it.
+
+        `Refused` where the service does not take it, `ModelError` where it cannot be read or is another by now: the
+        service has none of it then.
+        """
+        with _Upload(path, sha256, lambda done, size: self._moved(path.name, done, size, report)) as file:
             self._call(
                 "POST",
                 f"finetunes/{quote(adapter.id, safe='')}/finetune-assets",
-                line,
                 files={"file": (path.name, file, "application/octet-stream")},
                 data={"file_name": path.name},
             )
@@ -99,7 +110,7 @@ class Account:
             codes.append(failure.code)
             return to_error(failure)
 
-        service, line = self._service, Line()
+        service = self._service
         request = GenerationRequest(prompt="Hello", max_tokens=1, lora=name)
         exchange = Exchange(
             peer=service.peer,
@@ -109,52 +120,48 @@ class Account:
             model=service.model,
             request=request,
             timeouts=service.timeouts,
+            retry_deadline=self._retry_deadline,
             explain=explain,
         )
         try:
-            exchange.run(line, lambda chunk: None)
+            exchange.run(self._line, self._tell)
         except MistralError:
             if codes and codes[-1] in (NOT_FOUND, INCOMPLETE):
                 return codes[-1]
             raise
         finally:
-            line.release()
+            self._line.release()
         return None
 
     def _listed(self, path: str) -> list[Adapter]:
-        retries = Retries(self._retry_deadline)
-        while True:
-            try:
-                return _adapters(self._call("GET", path, Line()))
-            except BackendError as error:
-                asked = error.retry_after if isinstance(error, RateLimited) else None
-                again = retries.next(error, asked)
-                if again is None:
-                    raise
-            wait, status = again
-            self._say(status)
-            time.sleep(wait)
+        return patiently(lambda: _adapters(self._call("GET", path)), self._retry_deadline, self._line, self._tell)
 
-    def _moved(self, line: Line, name: str, done: int, size: int, report: Report) -> None:
+    def _tell(self, chunk: Chunk) -> None:
+        if chunk.status:
+            self._say(chunk.status)
+
+    def _moved(self, name: str, done: int, size: int, report: Report) -> None:
         """Tell how far an upload is, and give the next piece of it its time."""
         report(f"Uploading {name}", done, size)
         if done == size:
-            return self._wait_for_answer(line)
+            return self._wait_for_answer()
         limit = self._service.timeouts.stall
-        line.within(limit, f"Cloudflare took nothing of {name} for {limit:g} s. Try again, or raise stall_timeout")
+        told = f"Cloudflare took nothing of {name} for {limit:g} s. Try again, or raise stall_timeout"
+        self._line.within(limit, told)
 
-    def _wait_for_answer(self, line: Line) -> None:
+    def _wait_for_answer(self) -> None:
         limit = self._service.timeouts.first_token
-        line.within(limit, f"Cloudflare gave no answer within {limit:g} s. Try again, or raise first_token_timeout")
+        told = f"Cloudflare gave no answer within {limit:g} s. Try again, or raise first_token_timeout"
+        self._line.within(limit, told)
 
     def _url(self, path: str) -> str:
         return f"{self._service.base_url}/accounts/{quote(self._service.account)}/ai/{path}"
 
-    def _call(self, method: str, path: str, line: Line, **options: Any) -> Any:
+    def _call(self, method: str, path: str, **options: Any) -> Any:
         """The `result` of one call."""
         import httpx
 
-        self._wait_for_answer(line)
+        self._wait_for_answer()
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -165,7 +172,7 @@ class Account:
             with connection.send(
                 method,
                 self._url(path),
-                line=line,
+                line=self._line,
                 token=self._service.token,
                 connect=self._service.timeouts.connect,
                 headers=headers,
@@ -174,9 +181,9 @@ class Account:
             ) as response:
                 answer = self._read(response)
         except (httpx.TransportError, httpx.DecodingError) as error:
-            answer = self._broken(error, line)
+            answer = self._broken(error)
         finally:
-            line.release()
+            self._line.release()
         if isinstance(answer, MistralError):
             raise answer
         return answer
@@ -193,8 +200,8 @@ class Account:
             said = peer_failure(content)
         except (ValueError, RecursionError):
             content, said = {}, PeerFailure("an answer that is no JSON")
-        if response.has_redirect_location:
-            said = PeerFailure(f"it redirects to {target(response)}, where the token is not sent")
+        if (elsewhere := connection.redirect(response)) is not None:
+            said = PeerFailure(f"it redirects to {elsewhere}, where the token is not sent")
         if response.is_success and said is None:
             return content.get("result")
         said = said or PeerFailure(response.reason_phrase or "an error without a message")
@@ -211,33 +218,40 @@ class Account:
             )
         )
 
-    def _broken(self, error: Exception, line: Line) -> MistralError:
+    def _broken(self, error: Exception) -> MistralError:
         """The error for a connection that was not made or did not last."""
-        import httpx
-
-        if line.expired:
-            return RequestTimeout(line.expired)
-        host = urlsplit(self._service.base_url).netloc
-        # A local protocol error quotes the headers.
-        detail = (
-            type(error).__name__ if isinstance(error, httpx.LocalProtocolError) else clean(error, self._service.token)
-        )
-        if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError | httpx.ProxyError | httpx.UnsupportedProtocol):
-            return NotListening(f"Cloudflare at {host} cannot be reached ({detail}). Check the network and the proxy")
-        return ConnectionFailed(f"Cloudflare broke the connection ({detail}). Try again")
+        if self._line.hung_up:
+            raise HungUp from None
+        if self._line.expired:
+            return RequestTimeout(self._line.expired)
+        who = f"{self._service.peer} at {urlsplit(self._service.base_url).netloc}"
+        detail, not_made = broken(who, error, self._service.timeouts.connect, self._service.token)
+        return not_made or ConnectionFailed(f"{self._service.peer} broke the connection ({detail}). Try again")
 
 
 class _Upload(io.FileIO):
-    """A file that tells after each read how many bytes have been read, and how many there are."""
+    """A file that tells after each read how many bytes have been read, and how many there are.
 
-    def __init__(self, path: Path, moved: Callable[[int, int], None]) -> None:
-        super().__init__(path)
-        self._size = path.stat().st_size
+    `ModelError` where it cannot be read, and before its last bytes are given where it is not that of the SHA-256.
+    """
+
+    def __init__(self, path: Path, sha256: str, moved: Callable[[int, int], None]) -> None:
+        with readable(path):
+            super().__init__(path)
+            self._size = path.stat().st_size
+        self._path = path
+        self._sha256 = sha256
+        self._digest = hashlib.sha256()
         self._moved = moved
 
     def read(self, size: int | None = -1, /) -> bytes | Any:
-        piece = super().read(size)
-        self._moved(self.tell(), self._size)
+        with readable(self._path):
+            piece = super().read(size)
+        self._digest.update(piece)
+        done = self.tell()
+        if (done >= self._size or not piece) and self._digest.hexdigest() != self._sha256:
+            raise AdapterError(f"{self._path} has changed since the push began; push it again when it is whole")
+        self._moved(done, self._size)
         return piece
 
 

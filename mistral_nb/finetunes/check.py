@@ -75,14 +75,27 @@ def fixed_copy(folder: Path, target: Path) -> AdapterInfo:
     survey.judge(for_cloudflare=True)
     if survey.problems:
         raise survey.error()
-    with readable(folder):
-        try:
-            target.mkdir(parents=True)
-        except FileExistsError as error:
-            raise AdapterError(f"{target} is there already; name a new folder for the copy") from error
-        (target / CONFIG_FILE).write_text(f"{json.dumps(survey.config, indent=2)}\n", encoding="utf-8")
-        shutil.copyfile(folder / WEIGHTS_FILE, target / WEIGHTS_FILE)
+    try:
+        with _new_folder(target):
+            (target / CONFIG_FILE).write_text(f"{json.dumps(survey.config, indent=2)}\n", encoding="utf-8")
+            shutil.copyfile(folder / WEIGHTS_FILE, target / WEIGHTS_FILE)
+    except OSError as error:
+        raise AdapterError(f"{target} cannot be made ({error.strerror}); check the disk and its permissions") from error
     return check(target, for_cloudflare=True)
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Make a folder, which is gone again where the block fails."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError as error:
+        raise AdapterError(f"{path} is there already; name a new folder for the copy") from error
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 class _Survey:

@@ -8,13 +8,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from mistral_nb.backends.retry import NotListening
 from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.config import Settings
-from mistral_nb.errors import AdapterError, MistralError, RateLimited
+from mistral_nb.errors import AdapterError, AuthenticationError, MistralError, RateLimited
 from mistral_nb.finetunes.account import INCOMPLETE, NOT_FOUND, Account, Refused
 from mistral_nb.finetunes.adapter import ASSETS, DEFAULT_MODEL, Adapter, check_name
 from mistral_nb.finetunes.check import check
-from mistral_nb.finetunes.pushes import Sums, noting, recall, sums_of
+from mistral_nb.finetunes.known import remember
+from mistral_nb.finetunes.pushes import Sums, note, pushing, recall, sums_of
 from mistral_nb.progress import Progress
 
 __all__ = ["Push", "list_adapters", "public_adapters", "push"]
@@ -31,12 +33,12 @@ _RANDOM = random.SystemRandom()
 
 def list_adapters(settings: Settings) -> list[Adapter]:
     """The adapters of the account in the settings. Raises `MistralError`."""
-    return Account(settings).adapters()
+    return remember(Account(settings).adapters())
 
 
 def public_adapters(settings: Settings) -> list[Adapter]:
     """The adapters that Cloudflare has for every account. Raises `MistralError`."""
-    return Account(settings).public()
+    return remember(Account(settings).public())
 
 
 def push(
@@ -63,9 +65,9 @@ def push(
 class Push:
     """One adapter on its way to the account.
 
-    An exception out of `progress` ends it. Nothing can be taken back, since the service removes no adapters: `told`
-    says what is there when it was cut short, and another push with the same name goes on from there. It goes on with
-    the same files only, as far as `pushes` tells, which knows the adapters that were created from this machine.
+    An exception out of `progress` ends it, and `stop` from another thread. Nothing can be taken back, since the service
+    removes no adapters: `told` says what is there when it was cut short, and another push with the same name goes on
+    from there. It goes on with the same files only, as far as `pushes` tells, which knows those pushed from here.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Push:
         self._adapter: Adapter | None = None
         self._there: list[str] = []
         self._refused: dict[str, Refused] = {}
-        self._known = True
+        self._sums: Sums = {}
+        self._noted: Sums = {}
+        self._namesake = ""
 
     @property
     def told(self) -> str:
@@ -101,65 +105,85 @@ class Push:
             return "This push has put nothing on the account"
         on = f"On the account now: {self._name} ({self._adapter.id}) with"
         if len(self._there) == len(ASSETS):
-            return f"{on} both files; try it in a moment with --lora {self._name}"
-        told = f"{on} {''.join(self._there) or 'no file'} from this push; to go on, push it again under that name"
+            told = f"{on} both files; try it in a moment with --lora {self._name}"
+        else:
+            told = f"{on} {''.join(self._there) or 'no file'} from this push; to go on, push it again under that name"
         return f"{told}. {self.doubt}" if self.doubt else told
 
     @property
     def doubt(self) -> str:
-        """Which files the service has not taken since it has others, where nothing tells which; else empty."""
-        if self._known or not self._refused:
-            return ""
-        names = " and ".join(self._refused)
-        were = "were" if len(self._refused) > 1 else "was"
-        return (
-            f"{names} of {self._name} {were} on the account before this push and not replaced, and nothing tells what "
-            f"is there: compare the answers, or push {quoted(self._folder)} under another name"
-        )
+        """What may be other than it should: files of which nothing tells what they are, another adapter of the name."""
+        doubts = []
+        names = [name for name in self._refused if name not in self._noted]
+        if names:
+            were = "were" if len(names) > 1 else "was"
+            doubts.append(
+                f"{' and '.join(names)} of {self._name} {were} on the account before this push and not replaced, and "
+                f"nothing tells what is there: compare the answers, or push {quoted(self._folder)} under another name"
+            )
+        if self._namesake and self._adapter:
+            doubts.append(
+                f"another adapter was made on the account meanwhile that is called {self._name} ({self._namesake}): "
+                f"ask for this one with --lora {self._adapter.id}"
+            )
+        return ". ".join(doubts)
 
     def run(self, patience: float = PATIENCE) -> Adapter:
         """Check, create, upload, and wait until it is found, at most `patience` seconds.
 
-        `AdapterError` where the adapter is unfit, or the name is taken by a whole one; its message and that of any
-        other `MistralError` or `KeyboardInterrupt` ends with `told` once the account was asked for anything.
+        What is there already, whole and with these files, is found at once. `AdapterError` where the adapter is unfit,
+        or the name is taken by another; its message and that of any other `MistralError` or `KeyboardInterrupt` ends
+        with `told` once the account was asked for anything.
         """
         check_name(self._name)
         check(self._folder, for_cloudflare=True)
         try:
-            self._adapter, resumed = self._begin()
-            self._upload(self._adapter, resumed)
-            self._wait_until_found(self._adapter, patience)
+            with pushing(self._name):
+                self._sums = sums_of(self._folder, self._report)
+                return self._run(patience)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.told) from None
         except MistralError as error:
             error.args = (f"{str(error).rstrip('.')}. {self.told}",)
             raise
-        return self._adapter
 
-    def _begin(self) -> tuple[Adapter, bool]:
-        """The adapter on the account, and whether it was there before."""
+    def stop(self) -> None:
+        """End it at once, whatever it waits for: `run`, in another thread, raises."""
+        self._account.hang_up()
+
+    def _run(self, patience: float) -> Adapter:
         self._say("Looking at the account")
         adapters = self._account.adapters()
         same = [adapter for adapter in adapters if adapter.name == self._name]
         if same:
-            return self._resumable(same), True
+            adapter = self._begun(same)
+            if self._is_whole():
+                return adapter
+            self._adapter = adapter
+        else:
+            self._adapter = adapter = self._create(len(adapters))
+        self._upload(adapter, resumed=bool(same))
+        self._wait_until_found(adapter, patience)
+        return adapter
+
+    def _create(self, others: int) -> Adapter:
+        """The adapter without files, on an account that has `others`."""
         self._say(f"Creating {self._name}")
-        sums = sums_of(self._folder)
+        self._creating = True
         try:
-            with noting(sums) as keep:
-                self._creating = True
-                self._adapter = self._account.create(self._name, self._description)
-                keep(self._adapter.id)
-            return self._adapter, False
-        except Refused as error:
+            self._adapter = self._account.create(self._name, self._description)
+        except (AuthenticationError, NotListening, RateLimited, Refused) as error:
             self._creating = False
-            if len(adapters) >= MOST:
-                full = f"The account has {len(adapters)} adapters, and an account may have {MOST} or 100"
+            if isinstance(error, Refused) and others >= MOST:
+                full = f"The account has {others} adapters, and an account may have {MOST} or 100"
                 error.args = (f"{str(error).rstrip('.')}. {full}",)
             raise
+        self._noted = self._sums
+        note(self._adapter, self._noted)
+        return self._adapter
 
-    def _resumable(self, same: list[Adapter]) -> Adapter:
-        """The one adapter of the name that may lack files, and was not created for others; else `AdapterError`."""
+    def _begun(self, same: list[Adapter]) -> Adapter:
+        """The one adapter of the name, if it was not made for another model or other files; else `AdapterError`."""
         (adapter, *others) = same
         if others:
             raise AdapterError(f"{len(same)} adapters on the account are called {self._name}; choose another name")
@@ -167,45 +191,57 @@ class Push:
             raise AdapterError(
                 f"{self._name} is on the account for {quoted(adapter.model or 'another model')}; choose another name"
             )
-        if self._account.trial(self._name) is None:
+        self._noted = recall(adapter.id)
+        other = [name for name, noted in self._noted.items() if self._sums[name] != noted]
+        if other:
+            raise AdapterError(
+                f"{self._name} on the account was created for another {' and '.join(other)} than that in "
+                f"{quoted(self._folder)}, and files cannot be replaced; push the folder that it was created for, or "
+                "choose another name"
+            )
+        return adapter
+
+    def _is_whole(self) -> bool:
+        """Whether the adapter of the name is applied as it is; `AdapterError` where it may be another one."""
+        try:
+            code = self._account.trial(self._name)
+        except RateLimited:
+            if self._noted != self._sums:
+                raise
+            return False
+        if code is None and self._noted != self._sums:
             raise AdapterError(
                 f"{self._name} is on the account already, with files that cannot be replaced; if that is this adapter, "
                 f"use it with --lora {self._name}, else choose another name"
             )
-        created_for = recall(adapter.id)
-        self._known = created_for is not None
-        if created_for is not None:
-            self._check_same(created_for)
-        return adapter
-
-    def _check_same(self, created_for: Sums) -> None:
-        sums = sums_of(self._folder)
-        other = [name for name in ASSETS if sums[name] != created_for[name]]
-        if other:
-            raise AdapterError(
-                f"{self._name} on the account was created for another {' and '.join(other)} than that in "
-                f"{quoted(self._folder)}, and an adapter of both would be neither; push the folder that it was created "
-                "for, or choose another name"
-            )
+        return code is None
 
     def _upload(self, adapter: Adapter, resumed: bool) -> None:
-        """Both files. Of an adapter that was there before, those that are there already may be refused."""
+        """Both files. Of an adapter that was there before, those that are there already may be refused.
+
+        In place of what a new one is refused, another file may come: it is noted no more.
+        """
         for name in ASSETS:
             try:
-                self._account.upload(adapter, self._folder / name, self._report)
+                self._account.upload(adapter, self._folder / name, self._sums[name], self._report)
             except Refused as error:
                 if not resumed:
+                    self._noted = {each: self._sums[each] for each in self._there}
+                    note(adapter, self._noted)
                     raise
                 self._refused[name] = error
-            else:
-                self._there.append(name)
+                continue
+            self._there.append(name)
+            if name not in self._noted:
+                self._noted[name] = self._sums[name]
+                note(adapter, self._noted)
 
     def _wait_until_found(self, adapter: Adapter, patience: float) -> None:
         """Until the adapter is in the list, and a request with it is answered."""
         ends, longest, listed = time.monotonic() + patience, _FIRST_WAIT, False
         while True:
             self._say(f"Waiting until {self._name} is found")
-            listed = listed or any(each.id == adapter.id for each in self._account.adapters())
+            listed = listed or self._is_listed(adapter)
             code: int | None = NOT_FOUND
             if listed:
                 try:
@@ -218,8 +254,14 @@ class Push:
             wait = _RANDOM.uniform(0, longest)
             if time.monotonic() + wait > ends:
                 raise AdapterError(self._not_found(listed, code, patience))
-            time.sleep(wait)
+            self._account.wait(wait)
             longest = min(_LONGEST_WAIT, 2 * longest)
+
+    def _is_listed(self, adapter: Adapter) -> bool:
+        adapters = self._account.adapters()
+        others = (each.id for each in adapters if each.name == self._name and each.id != adapter.id)
+        self._namesake = next(others, "")
+        return any(each.id == adapter.id for each in adapters)
 
     def _not_found(self, listed: bool, code: int, patience: float) -> str:
         """What is wrong still, after what was said about the files that were refused."""

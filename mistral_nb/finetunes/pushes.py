@@ -1,27 +1,29 @@
-"""What was pushed from this machine: the SHA-256 of both files of each adapter that it has created on an account.
+"""What was pushed from this machine: the name of each adapter, and the SHA-256 of those of its files that are known.
 
 The service tells nothing about an adapter's files, and takes each one once: only this tells whether a push that goes on
-has the files that the adapter was created for.
+has the files that are there, or for which the adapter was created.
 """
 
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mistral_nb.checkpoints.untrusted import quoted, readable
+from mistral_nb.checkpoints.untrusted import readable
 from mistral_nb.errors import AdapterError
-from mistral_nb.finetunes.adapter import ASSETS, is_wire_id
+from mistral_nb.finetunes.adapter import ASSETS, Adapter, is_wire_id
 from mistral_nb.finetunes.store import adapters_path
+from mistral_nb.locks import StartLock
 from mistral_nb.models.staging import file_sha256, flush
+from mistral_nb.progress import Report
 
-__all__ = ["Sums", "noting", "pushes_path", "recall", "sums_of"]
+__all__ = ["Sums", "note", "pushed_names", "pushes_path", "pushing", "recall", "sums_of"]
 
 Sums = dict[str, str]
-"""The SHA-256 in hex of each of the two files, by its name."""
+"""The SHA-256 in hex of files of an adapter, by their names."""
 
 _LIMIT = 4_000
 
@@ -31,52 +33,65 @@ def pushes_path() -> Path:
     return adapters_path().parent / "pushes"
 
 
-def sums_of(folder: Path) -> Sums:
+def sums_of(folder: Path, report: Report = lambda step, done, total: None) -> Sums:
     """Of the two files in a folder. `ModelError` where they cannot be read."""
     with readable(folder):
-        return {name: file_sha256(folder / name, lambda step, done, total: None) for name in ASSETS}
+        return {name: file_sha256(folder / name, report) for name in ASSETS}
 
 
 @contextmanager
-def noting(sums: Sums) -> Iterator[Callable[[str], None]]:
-    """Around the creating of an adapter: what is yielded keeps `sums` under its id.
+def pushing(name: str) -> Iterator[None]:
+    """Around a push: one of a name at a time on this machine, so that no two put their files into one adapter.
 
-    They are written first: `AdapterError` where they cannot be, before anything is created.
+    `AdapterError` where another is under way, or where no notes can be kept.
     """
     folder = pushes_path()
-    part = folder / f".{uuid.uuid4()}.part"
-
-    def keep(adapter_id: str) -> None:
-        with _writing(folder):
-            part.replace(_path(adapter_id))
-            flush(folder)
-
+    lock = StartLock(folder / f".{name}.lock")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = lock.try_acquire()
+    if not taken:
+        raise AdapterError(f"{name} is being pushed from this machine already; wait until that has ended")
     try:
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(sums), encoding="utf-8")
-            flush(part)
-        yield keep
+        yield
     finally:
-        with suppress(OSError):
-            part.unlink()
+        lock.release()
 
 
-def recall(adapter_id: str) -> Sums | None:
-    """What an adapter was created for; None where no readable note tells."""
+def note(adapter: Adapter, sums: Sums) -> None:
+    """Keep what is known of an adapter's files; its push holds its name. `AdapterError` where that fails."""
+    folder = pushes_path()
+    part = folder / f".{adapter.id}.part"
+    with _writing(folder):
+        part.write_text(json.dumps({"name": adapter.name, **sums}), encoding="utf-8")
+        flush(part)
+        part.replace(_path(adapter.id))
+        flush(folder)
+
+
+def recall(adapter_id: str) -> Sums:
+    """The sums of those files of an adapter that are known; none where no readable note tells."""
+    noted = _read(_path(adapter_id))
+    return {name: noted[name] for name in ASSETS if isinstance(noted.get(name), str)}
+
+
+def pushed_names() -> list[str]:
+    """What the adapters are called that were pushed from here."""
+    names = (_read(path).get("name") for path in pushes_path().glob("*.json"))
+    return [name for name in names if isinstance(name, str)]
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        with _path(adapter_id).open("rb") as file:
-            sums = json.loads(file.read(_LIMIT))
+        with path.open("rb") as file:
+            noted = json.loads(file.read(_LIMIT))
     except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(sums, dict) or not all(isinstance(sums.get(name), str) for name in ASSETS):
-        return None
-    return {name: sums[name] for name in ASSETS}
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def _path(adapter_id: str) -> Path:
-    if not is_wire_id(adapter_id):
-        raise AdapterError(f"id = '{quoted(adapter_id)}': not how ids look; try again in a moment")
+    assert is_wire_id(adapter_id)
     return pushes_path() / f"{adapter_id}.json"
 
 

@@ -229,7 +229,7 @@ def _failures(folder: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         if folder.exists():
             raise _unusable(folder, error) from error
-        raise AdapterError(f"{folder} was removed meanwhile; create the adapter again") from error
+        raise AdapterError(f"{folder} was removed meanwhile; create the adapter again") from None
     except OSError as error:
         raise _unusable(folder, error) from error
 

@@ -19,7 +19,6 @@ from urllib.parse import quote, urlsplit
 
 from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.checkpoints.untrusted import AGAIN
-from mistral_nb.config import Secret
 from mistral_nb.errors import ConfigurationError, MissingDependency, ModelError, PullError
 from mistral_nb.foreign import clean
 from mistral_nb.models.download import Downloader, Meter, RemoteFile
@@ -28,6 +27,7 @@ from mistral_nb.models.hub_listing import Choice, Listing, choose, read_listing,
 from mistral_nb.models.manifest import MANIFEST
 from mistral_nb.models.staging import Fetched, Staging
 from mistral_nb.progress import Report
+from mistral_nb.secret import Secret
 
 __all__ = ["HubSource", "endpoint_of_environment"]
 

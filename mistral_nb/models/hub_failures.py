@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from mistral_nb.config import Secret
 from mistral_nb.errors import PullError
 from mistral_nb.foreign import clean
 from mistral_nb.models.known import find_known
 from mistral_nb.models.web import Answer, Broken, host_of
+from mistral_nb.secret import Secret
 
 __all__ = ["Hub", "Transient"]
 

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral_nb.server.generation import Answer
 from mistral_nb.server.openai_answers import is_openai, openai_error
 from mistral_nb.server.schemas import MAX_BODY, Shape, WireError
 from mistral_nb.types import GenerationRequest
 
-__all__ = ["Ask", "bounded", "error_response", "read_body", "send_stream", "unless_disconnected", "whole"]
+__all__ = ["Ask", "Raw", "bounded", "error_response", "read_body", "send_stream", "unless_disconnected", "whole"]
 
 T = TypeVar("T")
 
@@ -25,13 +25,25 @@ T = TypeVar("T")
 class Ask:
     """What a body asks for, and how the answer is to be written.
 
-    `choice` says how the model may call functions; `model` is the name in the body, None where the path has it.
+    `choice` and `single` say how the model may call functions, as in `Model.start`; `model` is the name in the body,
+    None where the path has it.
     """
 
     request: GenerationRequest
     shape: Shape
     choice: str = "auto"
     model: str | None = None
+    single: bool = False
+
+
+class Raw:
+    """Starlette takes an instance as a plain ASGI application, which may send its answer piece by piece."""
+
+    def __init__(self, answer: ASGIApp) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
 
 
 async def read_body(request: Request) -> bytes:

@@ -46,8 +46,7 @@ class Door:
         self._token = token.encode()
         given = tuple(names)
         self._origins = {origin.host: origin for name in given if "://" in name for origin in [_origin(name)]}
-        plain = (host_of(name) or name.lower() for name in given if "://" not in name)
-        self._names = frozenset((*plain, *self._origins))
+        self._names = frozenset((*(_name(name) for name in given if "://" not in name), *self._origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if header(scope, b"content-length") is not None and header(scope, b"transfer-encoding") is not None:
@@ -56,7 +55,7 @@ class Door:
             return
         origin = self._origins.get(host_of(header(scope, b"host") or ""))
         if origin is not None:
-            scope = {**scope, "scheme": origin.scheme}
+            scope["scheme"] = origin.scheme
         refusal = self._refusal(scope)
         if refusal is None:
             await self._app(scope, receive, send)
@@ -75,7 +74,10 @@ class Door:
         known = self._origins.get(host_of(host))
         if origin is not None and origin.lower() not in (f"{scope['scheme']}://{host.lower()}", known and known.text):
             return WireError(
-                403, 10000, f"Requests from pages of {origin!r} are not answered; send them from elsewhere"
+                403,
+                10000,
+                f"Requests from pages of {origin!r} are not answered. If that is this server behind a proxy: let it "
+                f"keep the Host header, and start the server with --allow-host {shlex.quote(origin)}",
             )
         path = scope["path"]
         given = header(scope, b"authorization")
@@ -106,6 +108,13 @@ class _Origin:
     scheme: str
     host: str
     text: str
+
+
+def _name(given: str) -> str:
+    name = host_of(given) or host_of(f"[{given}]")
+    if not name or "*" in name:
+        raise ConfigurationError(f"--allow-host {given}: is no host; give a whole name, as play.example.org")
+    return name
 
 
 def _origin(name: str) -> _Origin:

@@ -120,11 +120,12 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 async def _stored(act: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """What the store does, in a thread. `WireError` 5006 for what it refuses."""
+    """What the store does, in a thread. `WireError` 5006 for what it refuses, 3043 where the disk fails it."""
     try:
         return await asyncio.to_thread(act, *arguments, **named)
     except AdapterError as error:
-        raise WireError(400, 5006, str(error)) from error
+        status, code = (507, 3043) if isinstance(error.__cause__, OSError) else (400, 5006)
+        raise WireError(status, code, str(error)) from error
 
 
 def _new(data: Any) -> tuple[str, str, str]:

@@ -63,23 +63,23 @@ class Model:
             return Prompt(_raw(request), ids)
         return Prompt(self.tokenizer.render_chat(_messages(request), request.functions, choice), ids)
 
-    async def start(self, request: GenerationRequest, choice: str = "auto") -> Answer:
+    async def start(self, request: GenerationRequest, choice: str = "auto", *, single: bool = False) -> Answer:
         """Queue `request`; on the event loop's thread.
 
         `choice` says what to do with the request's functions: `auto` leaves it to the model, `required` takes calls
-        only, a function's name one call of it, and `none` offers none. Raises `InvalidRequest`, `ContextOverflow`, and
-        `MissingDependency` where functions need a package that is not there.
+        only, a function's name one call of it, and `none` offers none; with `single` there is one call at most. Raises
+        `InvalidRequest`, `ContextOverflow`, and `MissingDependency` where functions need a package that is not there.
         """
-        ids, constraint = await asyncio.to_thread(self._prepare, request, choice)
+        ids, constraint = await asyncio.to_thread(self._prepare, request, choice, single)
         answer = Answer(self.tokenizer, request.stop or (), functions=constraint is not None)
         answer.run(self.engine, ids, request, constraint)
         return answer
 
-    def _prepare(self, request: GenerationRequest, choice: str) -> tuple[list[int], Constraint | None]:
+    def _prepare(self, request: GenerationRequest, choice: str, single: bool) -> tuple[list[int], Constraint | None]:
         ids = self.encode(request, choice)
         if request.raw:
             return ids, None
-        return ids, self.tokenizer.constraint(request.functions, choice, self.engine.info.vocab_size)
+        return ids, self.tokenizer.constraint(request.functions, choice, self.engine.info.vocab_size, single=single)
 
 
 def _raw(request: GenerationRequest) -> str:

@@ -128,7 +128,6 @@ class Journalled:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         entry = Entry(_request_id(scope))
-        scope["state"]["request_id"] = entry.id
 
         async def noting_receive() -> Message:
             message = await receive()

@@ -20,16 +20,17 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mistral_nb import __version__, runtime
-from mistral_nb.config import AskedPrecision, Secret
+from mistral_nb.config import AskedPrecision
 from mistral_nb.errors import ConfigurationError, EngineStartError
 from mistral_nb.models import find_known
 from mistral_nb.progress import Progress
 from mistral_nb.runtime import EngineRecord
+from mistral_nb.secret import Secret
 from mistral_nb.server import logs
 from mistral_nb.server.app import Site, create_app
+from mistral_nb.server.connections import MAX_HEAD, BoundedHttp
 from mistral_nb.server.generation import Model
 from mistral_nb.server.holder import Holder
-from mistral_nb.server.limits import BoundedHttp
 from mistral_nb.server.listening import Address, Listeners, Tls, listen
 from mistral_nb.server.routes import Endpoints, Identity
 from mistral_nb.server.terminal import Terminal, how_to_call
@@ -251,6 +252,7 @@ def _config(app: ASGIApp, tls: Tls | None) -> uvicorn.Config:
         ws="none",
         server_header=False,
         proxy_headers=False,
+        h11_max_incomplete_event_size=MAX_HEAD,
         timeout_graceful_shutdown=_SHUTDOWN_GRACE,
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,

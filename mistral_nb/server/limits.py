@@ -1,21 +1,18 @@
-"""What one client may take from the others: places, connections, and time to send a request or to read an answer."""
+"""What one client may take from the others: places, and time for a body to arrive in."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mistral_nb.server.edge import refuse
 from mistral_nb.server.schemas import WireError
 
-__all__ = ["BoundedHttp", "Gate", "Limited"]
+__all__ = ["Gate", "Limited"]
 
 PATIENCE = 5.0
 """Seconds that a request waits for a place."""
@@ -25,8 +22,6 @@ BODY_PATIENCE = 30.0
 
 BODY_RATE = 16_384
 """Bytes a second."""
-
-_LINGER = 5.0
 
 
 class Gate:
@@ -112,123 +107,3 @@ def _timely(receive: Receive) -> Receive:
         return message
 
     return next_message
-
-
-class BoundedHttp(H11Protocol):
-    """uvicorn's protocol for connections whose peers may be slow or silent on purpose.
-
-    Cut are those that do not send a whole head within `head_patience` seconds of their first byte or of connecting,
-    those that do not read for `read_patience` seconds while there is something to read or whose machine is gone for
-    as long, and those beyond `max_connections`. Their requests see that the client has left.
-    """
-
-    head_patience = 20.0
-    read_patience = 30.0
-    max_connections = 512
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._head = _Fuse(transport, self.head_patience)
-        self._reading = _Fuse(transport, self.read_patience)
-        self._linger = _Fuse(transport, _LINGER)
-        self._discards = False
-        super().connection_made(cast(asyncio.Transport, _Closing(transport, self._close)))
-        _notice_absence(transport.get_extra_info("socket"), self.read_patience)
-        if len(self.connections) > self.max_connections:
-            transport.abort()
-        else:
-            self._head.light()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._head.put_out()
-        self._reading.put_out()
-        self._linger.put_out()
-
-    def data_received(self, data: bytes) -> None:
-        if self._discards:
-            return
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._head.put_out()
-        else:
-            self._head.light()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.transport.is_closing():
-            self._linger.light()
-
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        self._linger.light()
-
-    def _close(self, transport: asyncio.Transport) -> bool:
-        """Close, or only say that nothing follows, and True, where the peer is still sending.
-
-        A socket that is closed with something unread resets the connection, and the answer may be lost on its way.
-        """
-        self._discards = repr(self.conn.their_state) in ("SEND_BODY", "ERROR")
-        if not self._discards:
-            transport.close()
-            return False
-        self.flow.resume_reading()
-        if transport.can_write_eof():
-            transport.write_eof()
-        self._linger.light()
-        return True
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._reading.light()
-
-    def resume_writing(self) -> None:
-        self._reading.put_out()
-        super().resume_writing()
-
-
-class _Closing:
-    """A transport that leaves it to `close` how it is closed the first time; it is closing ever after."""
-
-    def __init__(self, transport: asyncio.Transport, close: Callable[[asyncio.Transport], bool]) -> None:
-        self._transport = transport
-        self._close = close
-        self._waits = False
-
-    def close(self) -> None:
-        if self._waits or self._transport.is_closing():
-            self._transport.close()
-        else:
-            self._waits = self._close(self._transport)
-
-    def is_closing(self) -> bool:
-        return self._waits or self._transport.is_closing()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-def _notice_absence(connection: socket.socket, seconds: float) -> None:
-    """Let the system drop a peer that went without a word, as one does whose cable was pulled. Linux has the bounds."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    bounds = {"TCP_KEEPIDLE": seconds / 2, "TCP_KEEPINTVL": seconds / 6, "TCP_USER_TIMEOUT": seconds * 1000}
-    for name, value in bounds.items():
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, round(value)))
-
-
-class _Fuse:
-    """Drops a connection, and what it was still to be sent, unless put out within some seconds."""
-
-    def __init__(self, transport: asyncio.Transport, seconds: float) -> None:
-        self._transport = transport
-        self._seconds = seconds
-        self._timer: asyncio.TimerHandle | None = None
-
-    def light(self) -> None:
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._transport.abort)
-
-    def put_out(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None

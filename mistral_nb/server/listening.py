@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral_nb import runtime
-from mistral_nb.config import Secret
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.secret import Secret
 
 __all__ = ["Address", "Listener", "Listeners", "Tls", "listen", "most_connections"]
 

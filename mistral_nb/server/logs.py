@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -56,8 +57,9 @@ class LogFile(logging.FileHandler):
         if os.fstat(self.descriptor).st_size > self._limit:
             file = Path(self.baseFilename)
             old = file.with_suffix(".log.old")
-            old.touch(0o600)
-            shutil.copy(file, old)
+            with contextlib.suppress(OSError):  # on a full disk what was there is lost, and the server goes on
+                old.touch(0o600)
+                shutil.copy(file, old)
             os.ftruncate(self.descriptor, 0)
         super().emit(record)
 

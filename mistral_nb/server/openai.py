@@ -33,7 +33,6 @@ _NEUTRAL: Mapping[str, Any] = {
     "logit_bias": {},
     "logprobs": False,
     "top_logprobs": 0,
-    "parallel_tool_calls": True,
     "response_format": {"type": "text"},
     "modalities": ["text"],
     "echo": False,
@@ -46,7 +45,7 @@ _OTHER_NAMES = {"max_completion_tokens": "max_tokens", "repeat_penalty": "repeti
 
 _LARGEST_SEED = next(int(field.maximum or 0) for field in FIELDS if field.name == "seed")
 
-_CHAT = ("model", "messages", "stream_options", "tools", "tool_choice")
+_CHAT = ("model", "messages", "stream_options", "tools", "tool_choice", "parallel_tool_calls")
 _COMPLETION = ("model", "prompt", "stream_options")
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
 _CHOICES = ("auto", "none", "required")
@@ -59,7 +58,11 @@ def parse_chat(body: bytes, model: str, request_id: str) -> Ask:
     messages = _messages(data.get("messages"))
     request = GenerationRequest(messages=messages, functions=functions or None, **_sampling(data))
     shape = ChatShape(Head(f"chatcmpl-{request_id}", model), _with_usage(data))
-    return Ask(request, shape, _choice(data.get("tool_choice", "auto"), functions), _model(data))
+    choice = _choice(data.get("tool_choice", "auto"), functions)
+    several = data.get("parallel_tool_calls", True)
+    if not isinstance(several, bool):
+        raise InvalidRequest("parallel_tool_calls", several, "must be true or false")
+    return Ask(request, shape, choice, _model(data), single=not several)
 
 
 def parse_completion(body: bytes, model: str, request_id: str) -> Ask:
@@ -140,7 +143,7 @@ def _function(where: str, tool: Any) -> Function:
         raise InvalidRequest(where, sorted(unknown), "function holds only name, description, parameters and strict")
     code = {"parameters": _NO_ARGUMENTS}
     code |= {key: told[key] for key in ("description", "parameters") if told.get(key) is not None}
-    return Function(told["name"], json.dumps(code, ensure_ascii=False))
+    return Function(told["name"], _as_text(where, code))
 
 
 def _choice(choice: Any, functions: Sequence[Function]) -> str:
@@ -214,4 +217,14 @@ def _past_calls(where: str, calls: Any, names: dict[str, str]) -> str:
             raise InvalidRequest(f"{where}.tool_calls", call, "arguments must be a JSON object in a text")
         names[call["id"]] = told["name"]
         shown.append({"name": told["name"], "arguments": arguments})
-    return json.dumps(shown, ensure_ascii=False)
+    return _as_text(f"{where}.tool_calls", shown)
+
+
+def _as_text(where: str, value: Any) -> str:
+    """`value` as JSON, which not everything can be written as that was read."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise InvalidRequest(
+            where, type(value).__name__, "holds a number that is not finite, or too deep a nesting"
+        ) from None

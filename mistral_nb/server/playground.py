@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mistral_nb.errors import MistralError
-from mistral_nb.server.answering import bounded
+from mistral_nb.server.answering import Raw, bounded
 from mistral_nb.server.edge import OWN_SESSION, header
 from mistral_nb.server.limits import Gate
 from mistral_nb.server.schemas import WireError, WorkersShape, wire_error
@@ -93,7 +93,7 @@ class Playground:
             Route("/", self.page, methods=["GET"]),
             Route(LOGIN, self.login, methods=["POST"]),
             Route(SESSION, self.session, methods=["GET"]),
-            Route(STREAM, _Stream(self), methods=["GET"]),
+            Route(STREAM, Raw(self.stream), methods=["GET"]),
         ]
 
     async def page(self, request: Request) -> Response:
@@ -175,16 +175,6 @@ class Playground:
         )
 
 
-class _Stream:
-    """Starlette takes an instance as a plain ASGI application, which may send its answer piece by piece."""
-
-    def __init__(self, playground: Playground) -> None:
-        self._playground = playground
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._playground.stream(scope, receive, send)
-
-
 def _cookie(scope: Scope) -> str:
     """Servers on one host share its cookies, so each has a name of its own."""
     return f"mistral-nb-{scope['server'][1]}"
@@ -192,4 +182,5 @@ def _cookie(scope: Scope) -> str:
 
 def _same_origin(scope: Scope) -> None:
     if header(scope, b"sec-fetch-site") != "same-origin":
-        raise WireError(403, 10000, "Only the playground's own page may ask for this; open it in a browser of 2023 on")
+        told = "Only the playground's own page may ask for this; open it in a browser of 2023 on"
+        raise WireError(403, 10000, f"{told}, with https or on loopback")

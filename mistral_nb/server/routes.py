@@ -10,7 +10,7 @@ from dataclasses import replace
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from mistral_nb import __version__
 from mistral_nb.errors import ContextOverflow, MistralError
@@ -18,6 +18,7 @@ from mistral_nb.finetunes import AdapterStore
 from mistral_nb.runtime import PROTOCOL
 from mistral_nb.server.answering import (
     Ask,
+    Raw,
     error_response,
     read_body,
     send_stream,
@@ -33,16 +34,6 @@ from mistral_nb.server.schemas import WireError, WorkersShape, parse_json, parse
 from mistral_nb.types import MAX_NAME
 
 __all__ = ["Endpoints", "Identity"]
-
-
-class _Raw:
-    """Starlette takes an instance as a plain ASGI application, which may send its answer piece by piece."""
-
-    def __init__(self, answer: ASGIApp) -> None:
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._answer(scope, receive, send)
 
 
 class Endpoints:
@@ -61,7 +52,7 @@ class Endpoints:
         ai = "/client/v4/accounts/{account}/ai"
         catalog, finetunes = self._catalog, self._finetunes
         return [
-            Route(f"{ai}/run/{{model:path}}", _Raw(self.run), methods=["POST"]),
+            Route(f"{ai}/run/{{model:path}}", Raw(self.run), methods=["POST"]),
             *(route for root in ("", ai) for route in self._openai(f"{root}/v1")),
             Route(f"{ai}/models/search", catalog.search, methods=["GET"]),
             Route(f"{ai}/finetunes", finetunes.list, methods=["GET"]),
@@ -75,8 +66,8 @@ class Endpoints:
 
     def _openai(self, root: str) -> list[Route]:
         return [
-            Route(f"{root}/chat/completions", _Raw(self.chat), methods=["POST"]),
-            Route(f"{root}/completions", _Raw(self.complete), methods=["POST"]),
+            Route(f"{root}/chat/completions", Raw(self.chat), methods=["POST"]),
+            Route(f"{root}/completions", Raw(self.complete), methods=["POST"]),
             Route(f"{root}/models", self._catalog.models, methods=["GET"]),
             Route(f"{root}/models/{{model:path}}", self._catalog.model, methods=["GET"]),
         ]
@@ -122,7 +113,7 @@ class Endpoints:
         await self._finetunes.refuse(wanted)
         model = await self._holder.ready()
         try:
-            answer = await model.start(wanted, ask.choice)
+            answer = await model.start(wanted, ask.choice, single=ask.single)
         except ContextOverflow as error:
             raise error if wanted.prompt else ContextOverflow(error.prompt_tokens, error.limit, "messages") from error
         headers = self._identity.header

@@ -10,7 +10,8 @@ import pytest
 
 from mistral_nb.backends import Local
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
-from mistral_nb.config import Secret, load_settings
+from mistral_nb.config import load_settings
+from mistral_nb.secret import Secret
 from mistral_nb.types import GenerationRequest
 from tests.backends.scripted import TOKEN, Peer
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.backends.scripted import PATIENCE, frame, read_request
+from tests.backends.scripted import PATIENCE, Listener, frame, read_request
 
 Answer = Callable[["Visit"], None]
 
@@ -22,6 +20,7 @@ class Visit:
     number: int
     socket: socket.socket
     line: str
+    headers: dict[str, str]
 
     def send(self, *texts: str, whole: bool = True) -> None:
         """An answer of so many frames, each in an HTTP chunk of its own; the connection stays open."""
@@ -37,62 +36,32 @@ class Visit:
 
 
 @dataclass
-class Keeper:
+class Keeper(Listener):
     """Calls `answer` for each request. What it raises ends the connection."""
 
     answer: Answer = lambda visit: visit.send("Hello")
     tls: ssl.SSLContext | None = None
     visits: list[Visit] = field(default_factory=list)
-    connections: int = 0
     failures: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._start(self._accept)
+        super().__init__()
 
     @property
     def url(self) -> str:
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}/client/v4"
-
-    def hang_up(self) -> None:
-        """Close every connection that is there."""
-        for connection in self._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/client/v4"
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.hang_up()
-        for thread in self._threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+        super().close()
         assert self.failures == []
 
-    def _start(self, target: Callable[..., None], *arguments: object) -> None:
-        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self._start(self._serve, connection, self.connections)
-            self.connections += 1
-
-    def _serve(self, connection: socket.socket, number: int) -> None:
-        self._sockets.append(connection)
+    def serve(self, connection: socket.socket, number: int) -> None:
         try:
             wrapped = self.tls.wrap_socket(connection, server_side=True) if self.tls else connection
             with wrapped:
                 while True:
                     seen = read_request(wrapped)
-                    self.visits.append(Visit(number, len(self.visits), wrapped, seen.line))
+                    self.visits.append(Visit(number, len(self.visits), wrapped, seen.line, seen.headers))
                     self.answer(self.visits[-1])
         except OSError:
             return

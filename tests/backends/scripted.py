@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -25,12 +26,72 @@ class Seen:
     body: bytes
 
     @property
+    def method(self) -> str:
+        return self.line.split(" ")[0]
+
+    @property
+    def path(self) -> str:
+        return self.line.split(" ")[1]
+
+    @property
     def json(self) -> Any:
         return json.loads(self.body)
 
 
+class Listener:
+    """A port on loopback. Each connection, by its number from 0, has a thread in which `serve` answers it."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._threads: list[threading.Thread] = []
+        self._connections: list[socket.socket] = []
+        self.start(self._accept)
+
+    @property
+    def connections(self) -> int:
+        """How many there were."""
+        return len(self._connections)
+
+    def serve(self, connection: socket.socket, number: int) -> None:
+        raise NotImplementedError
+
+    def start(self, target: Callable[..., None], *arguments: object) -> None:
+        """Call `target` in a thread that `close` waits for."""
+        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self._threads[-1].start()
+
+    def stop_listening(self) -> None:
+        """Refuse new connections; those that there are go on."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def hang_up(self) -> None:
+        """Close every connection that is there."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.stop_listening()
+        self.hang_up()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._connections.append(connection)
+            self.start(self.serve, connection, len(self._connections) - 1)
+
+
 @dataclass
-class Peer:
+class Peer(Listener):
     """Plays one script for each connection, the last one again and again.
 
     A step is bytes to send, an event to wait for, a function to call, "hold" (until the client goes), "drip" (a frame
@@ -45,56 +106,26 @@ class Peer:
     drop: bytes = b'data: {"response": "drip "}\n\n'
 
     def __post_init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._threads: list[threading.Thread] = []
-        self._connections: list[socket.socket] = []
-        self._served = 0
-        self._start(self._accept)
+        super().__init__()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/client/v4"
 
-    def stop_listening(self) -> None:
-        """Refuse new connections; those that there are go on."""
-        with _quiet():
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
-
     def close(self) -> None:
-        self.stop_listening()
-        for connection in self._connections:
-            with _quiet():
-                connection.shutdown(socket.SHUT_RDWR)
         self.gone.set()
-        for thread in self._threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+        super().close()
 
-    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
-        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self._connections.append(connection)
-            self.accepted.set()
-            script = self.scripts[min(self._served, len(self.scripts) - 1)] if self.scripts else ["hold"]
-            self._served += 1
-            self._start(self._serve, connection, script)
-
-    def _serve(self, connection: socket.socket, script: Sequence[Step]) -> None:
+    def serve(self, connection: socket.socket, number: int) -> None:
+        self.accepted.set()
+        script = self.scripts[min(number, len(self.scripts) - 1)] if self.scripts else ["hold"]
         gone = threading.Event()
-        with connection, _quiet():
+        # A peer does not mind that the client went away.
+        with connection, contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.seen.append(read_request(connection))
             self.asked.set()
-            self._start(self._watch, connection, gone)
+            self.start(self._watch, connection, gone)
             for step in script:
                 if isinstance(step, bytes):
                     connection.sendall(step)
@@ -118,34 +149,28 @@ class Peer:
             connection.sendall(self.drop)
 
     def _watch(self, connection: socket.socket, gone: threading.Event) -> None:
-        with _quiet():
+        with contextlib.suppress(OSError):
             while connection.recv(1024):
                 pass
         gone.set()
         self.gone.set()
 
 
-class _quiet:
-    """A peer does not mind that the client went away."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
-        return kind is not None and issubclass(kind, OSError)
-
-
 def read_request(connection: socket.socket) -> Seen:
-    data = b""
-    while b"\r\n\r\n" not in data:
+    def more() -> bytes:
         part = connection.recv(65536)
         if not part:
-            raise OSError("no request came")
-        data += part
+            raise OSError("no whole request came")
+        return part
+
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += more()
     head, _, body = data.partition(b"\r\n\r\n")
     line, *rest = head.decode().split("\r\n")
     headers = {name.lower(): value for name, _, value in (item.partition(": ") for item in rest)}
     while len(body) < int(headers.get("content-length", 0)):
-        body += connection.recv(65536)
+        body += more()
     return Seen(line, headers, body)
 
 

@@ -12,7 +12,7 @@ from mistral_nb.answer import Answer
 from mistral_nb.backends.exchange import Exchange
 from mistral_nb.backends.pump import Pump
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
-from mistral_nb.errors import BackendError, MistralError
+from mistral_nb.errors import BackendError, MistralError, StreamTruncated
 from mistral_nb.types import Chunk, GenerationRequest, Usage
 from tests.backends.scripted import TOKEN, Peer, body, frame, head
 from tests.backends.test_workers_ai import collect, text_of
@@ -60,7 +60,7 @@ RAW = "\x1b[31mno\x1b]0;t\x07\r\n" + "very " * 50_000
         [b"HTTP/1.1 500 \x1b[31m" + b"x" * 9000 + b"\r\nContent-Length: 0\r\n\r\n"],
         [b"HTTP/1.1 \x1b[31m" + b"x" * 60_000 + b"\r\n\r\n"],
         [head("302 Found", "text/html", "Location: https://user:pass@" + "x" * 5000)],
-        [head("302 Found", "text/html", "Location: https://[/x")],
+        [head("302 Found", "text/html", "Location: https://[::1/x")],
     ],
     ids=["error", "frame", "reason", "status line", "redirect", "no address"],
 )
@@ -74,10 +74,50 @@ def test_what_a_peer_says_is_shown_clean_and_short(peer: Peer, client: Make, scr
     assert "user:pass" not in str(error)
 
 
-def test_a_peer_that_says_the_token_again_does_not_show_it(peer: Peer, client: Make) -> None:
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_peer_that_says_the_token_again_does_not_show_it(peer: Peer, client: Make, engine: bool) -> None:
     peer.scripts = [body({"errors": [{"message": f"Bearer {TOKEN} is wrong", "code": 10000}]}, "401 No")]
-    error = collect(client())[1]
+    error = collect(client(engine=engine))[1]
     assert "Bearer [token] is wrong" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("https://[::1/x", "what is no address"),
+        ("https://xn--/x", "xn--"),
+        ("https://other.example:99999/x", "other.example:99999"),
+        ("/x", "another path"),
+    ],
+)
+def test_a_redirect_is_refused_at_once_wherever_it_leads(peer: Peer, client: Make, location: str, told: str) -> None:
+    peer.scripts = [[head("302 Found", "text/html", f"Location: {location}")]]
+    chunks, error = collect(client(retry_deadline=20))
+    assert chunks == []
+    assert type(error) is BackendError
+    assert f"it redirects to {told}, where the request and the token are not sent" in str(error)
+    assert len(peer.seen) == 1
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "abort", "error"])
+def test_an_answer_that_the_peer_ended_early_is_no_whole_one(peer: Peer, client: Make, reason: str) -> None:
+    choice = {"delta": {"content": "Hel"}, "finish_reason": reason}
+    usage = {"prompt_tokens": 3, "completion_tokens": 1}
+    peer.scripts = [[head(), frame({"choices": [choice]}), frame({"choices": [], "usage": usage}), frame("[DONE]")]]
+    chunks, error = collect(client(retry_deadline=20))
+    assert text_of(chunks) == "Hel"
+    assert chunks[-1] == Chunk(finish_reason="error", usage=Usage(3, 1))
+    assert type(error) is BackendError
+    assert f"it ended the answer early: {reason}" in str(error)
+
+
+def test_an_answer_that_breaks_off_before_its_text_keeps_none(peer: Peer, client: Make) -> None:
+    peer.scripts = [[head()]]
+    chunks, error = collect(client())
+    assert chunks == []
+    assert type(error) is StreamTruncated
+    assert "before the first text" in str(error)
+    assert "kept" not in str(error)
 
 
 def test_headers_are_believed_where_they_make_sense(peer: Peer, client: Make) -> None:

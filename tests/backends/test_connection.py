@@ -20,9 +20,10 @@ from mistral_nb.backends.connection import close_all, send
 from mistral_nb.backends.pump import Line
 from mistral_nb.backends.workers_ai import WorkersAI
 from mistral_nb.errors import ConfigurationError, ConnectionFailed
+from mistral_nb.secret import Secret
 from mistral_nb.types import Chunk, GenerationRequest
 from tests.backends.keeping import Keeper, Visit
-from tests.backends.scripted import PATIENCE
+from tests.backends.scripted import PATIENCE, frame
 
 Make = Callable[..., WorkersAI]
 HELLO = GenerationRequest(prompt="Hello")
@@ -45,6 +46,17 @@ def test_answers_share_a_connection(keeper: Keeper, client: Make) -> None:
     assert [text(backend) for _ in range(3)] == ["Hello"] * 3
     assert text(client(base_url=keeper.url)) == "Hello", "another backend of the same address"
     assert (keeper.connections, len(keeper.visits)) == (1, 4)
+
+
+def test_what_a_peer_remembers_of_one_asker_is_not_told_of_another(keeper: Keeper, client: Make) -> None:
+    """A cookie that came with one token would go out with the next one, over the connection that they share."""
+    parts = [frame({"response": "Hello"}), frame("[DONE]")]
+    answer = b"HTTP/1.1 200 OK\r\nSet-Cookie: who=first; Path=/\r\nContent-Type: text/event-stream\r\n"
+    answer += b"Content-Length: %d\r\n\r\n%b" % (sum(map(len, parts)), b"".join(parts))
+    keeper.answer = lambda visit: visit.socket.sendall(answer)
+    assert [text(client(base_url=keeper.url, token=Secret(token))) for token in ("first", "second")] == ["Hello"] * 2
+    assert [visit.headers["authorization"] for visit in keeper.visits] == ["Bearer first", "Bearer second"]
+    assert (keeper.connections, [visit.headers.get("cookie") for visit in keeper.visits]) == (1, [None, None])
 
 
 def test_answers_at_once_have_a_connection_each_and_both_are_kept(keeper: Keeper, client: Make) -> None:
@@ -203,7 +215,7 @@ FORK = """
 import os, sys
 from mistral_nb.backends.pump import Line
 from mistral_nb.backends.workers_ai import WorkersAI
-from mistral_nb.config import Secret
+from mistral_nb.secret import Secret
 from mistral_nb.types import GenerationRequest
 backend = WorkersAI(base_url=sys.argv[1], account="0" * 32, token=Secret("none"), model="@cf/a/b")
 def ask():

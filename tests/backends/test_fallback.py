@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mistral_nb.answer import Answer
+from mistral_nb.backends import workers_ai
 from mistral_nb.backends.failures import Withdrawn
 from mistral_nb.backends.workers_ai import DEFAULT_MODEL, WorkersAI, cloudflare
 from mistral_nb.config import FALLBACK_MODEL, load_settings
@@ -20,6 +21,12 @@ ANSWER: list[Step] = [head(), frame({"response": "Hi"}), frame("[DONE]")]
 GONE = body({"errors": [{"message": "AiError: deprecated on 2026-05-30", "code": 5028}], "success": False}, "410 Gone")
 BARE = [head("410 Gone", "text/html") + b"<html>gone</html>"]
 LLAMA = "@cf/meta/llama-3-8b-instruct"
+
+
+@pytest.fixture(autouse=True)
+def nothing_withdrawn() -> None:
+    """A port of an earlier test may come again."""
+    workers_ai._WITHDRAWN.clear()
 
 
 def asked(peer: Peer) -> list[str]:
@@ -58,6 +65,29 @@ def test_without_another_model_it_is_an_error(peer: Peer, client: Make, fallback
     with pytest.raises(Withdrawn, match="deprecated"):
         list(client(model=DEFAULT_MODEL, fallback_model=fallback).stream(HELLO))
     assert len(peer.seen) == 1
+
+
+def test_a_model_that_is_gone_is_asked_for_once_in_a_process(peer: Peer, client: Make) -> None:
+    peer.scripts = [GONE, ANSWER]
+    for _ in range(3):
+        answer = Answer(client(model=DEFAULT_MODEL, fallback_model=FALLBACK_MODEL), HELLO)
+        list(answer)
+        assert answer.result.metadata()["instead_of"] == DEFAULT_MODEL
+        assert f"in place of {DEFAULT_MODEL}" in answer.result.footer
+    assert asked(peer) == [DEFAULT_MODEL, *[FALLBACK_MODEL] * 3]
+    list(client(model=FALLBACK_MODEL, fallback_model=LLAMA).stream(HELLO))
+    assert asked(peer)[4:] == [FALLBACK_MODEL]
+    list(client(model=DEFAULT_MODEL).stream(HELLO))
+    assert asked(peer)[5:] == [DEFAULT_MODEL], "nobody else is to be asked, so it is asked itself"
+
+
+def test_a_model_that_one_peer_has_withdrawn_is_asked_for_elsewhere(peer: Peer, client: Make) -> None:
+    peer.scripts = [GONE, ANSWER]
+    list(client(model=DEFAULT_MODEL, fallback_model=FALLBACK_MODEL).stream(HELLO))
+    other = Peer(scripts=[ANSWER])
+    list(client(base_url=other.url, model=DEFAULT_MODEL, fallback_model=FALLBACK_MODEL).stream(HELLO))
+    assert asked(other) == [DEFAULT_MODEL]
+    other.close()
 
 
 def test_it_is_tried_once(peer: Peer, client: Make) -> None:

@@ -107,14 +107,30 @@ def test_the_only_model_is_found_and_adapters_do_not_count(ask: Callable[..., li
     assert {seen.json["model"] for seen in peer.seen[1:]} == {MODEL}
 
 
+@pytest.mark.parametrize("name", ["a\x1b[31mb\n\rc", "half \ud800", "x" * 100_000])
+def test_a_name_that_is_not_fit_to_be_shown_is_shown_clean(peer: Peer, name: str) -> None:
+    sent = name.replace("\ud800", "\ufffd")
+    answering = frame({"model": sent, "choices": [{"delta": {"content": "Hi"}, "finish_reason": "stop"}]})
+    peer.scripts = [models({"id": name}), [head(), answering, frame("[DONE]")]]
+    answer = Answer(make(peer, None), HELLO)
+    assert "".join(chunk.text for chunk in answer) == "Hi"
+    assert peer.seen[1].json["model"] == sent
+    for shown in (answer.result.footer, answer.result.served_by.model):
+        assert shown.isprintable()
+        assert len(shown) < 300
+    assert "stand-in" not in answer.result.footer
+
+
 @pytest.mark.parametrize(
     ("script", "kind", "told"),
     [
         (models({"id": "a"}, {"id": "b"}), ConfigurationError, r"several models. Name one with --model: a, b$"),
-        (models(), BackendError, "serves no model"),
+        (models(), BackendError, "lists no model. Start it with one, or name one: --model NAME"),
+        (models({"id": ""}, {"id": 1}), BackendError, "lists no model"),
         (body({"detail": "Not Found"}, "404 Not Found"), BackendError, "openai_base_url, which ends with the version"),
         (body({"error": "no key"}, "401 Unauthorized"), AuthenticationError, r"no key \(HTTP 401\). Check openai_api"),
-        ([head(kind="text/html") + b"<html>"], BackendError, "it lists no models"),
+        ([head(kind="text/html") + b"<html>"], BackendError, "lists no model. Start it"),
+        (body({"data": "none"}, "404 Not Found"), BackendError, "it does not list its models.*openai_base_url"),
     ],
 )
 def test_a_list_of_models_that_leaves_it_open_is_told(

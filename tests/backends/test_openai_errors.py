@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mistral_nb.answer import Answer
 from mistral_nb.errors import (
     AuthenticationError,
     BackendError,
@@ -16,8 +17,8 @@ from mistral_nb.errors import (
     UnknownModel,
 )
 from mistral_nb.types import GenerationRequest
-from tests.backends.openai_peer import HELLO, MODEL, make
-from tests.backends.scripted import TOKEN, Peer, body
+from tests.backends.openai_peer import HELLO, MODEL, delta, make, stream
+from tests.backends.scripted import TOKEN, Peer, body, frame, head
 
 VLLM = "This model's maximum context length is 4096 tokens. However, you requested "
 
@@ -119,3 +120,31 @@ def test_a_server_that_is_not_set_up_for_tools_names_the_functions(peer: Peer) -
     with pytest.raises(InvalidRequest, match=r"--tool-call-parser to be set \(HTTP 400\). Correct functions") as caught:
         list(make(peer).stream(request))
     assert caught.value.field == "functions"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(500, BackendError), ("429", RateLimited), (401, AuthenticationError), (None, BackendError), (7003, BackendError)],
+)
+def test_an_error_as_a_frame_tells_its_status_by_its_code(peer: Peer, code: Any, kind: type[BackendError]) -> None:
+    failed = frame({"error": {"message": "it did not work", "type": "InternalServerError", "code": code}})
+    peer.scripts = [[head(), delta("Hi"), failed, frame("[DONE]")]]
+    answer = Answer(make(peer), HELLO)
+    with pytest.raises(kind, match="it did not work") as caught:
+        list(answer)
+    assert type(caught.value) is kind
+    assert caught.value.status == (int(code) if code in (500, "429", 401) else None)
+    assert (answer.text, answer.result.finish_reason) == ("Hi", "error")
+
+
+def test_a_server_error_as_the_first_frame_is_tried_again(peer: Peer) -> None:
+    failed = [
+        head(),
+        delta("", role="assistant"),
+        frame({"object": "error", "message": "EngineDeadError", "code": 500}),
+    ]
+    peer.scripts = [failed, stream(delta("Hi", "stop"))]
+    answer = Answer(make(peer, retry_deadline=20), HELLO)
+    statuses = [chunk.status for chunk in answer if chunk.status]
+    assert [status.split(";")[0] for status in statuses] == ["Server error 500"]
+    assert answer.text == "Hi"

@@ -200,8 +200,8 @@ def test_the_limit_for_the_first_text_does_not_strike_while_it_waits(peer: Peer,
     assert chunks[-1].finish_reason == "stop"
 
 
-def limited(code: int = 3040) -> RateLimited:
-    return RateLimited("no", code=code, status=429)
+def limited(code: int = 3040, retry_after: float | None = None) -> RateLimited:
+    return RateLimited("no", code=code, status=429, retry_after=retry_after)
 
 
 def test_waits_are_jittered_fully_grow_and_end_before_the_deadline() -> None:
@@ -219,7 +219,7 @@ def test_waits_are_jittered_fully_grow_and_end_before_the_deadline() -> None:
 
 def test_a_wait_that_was_asked_for_is_the_least() -> None:
     for _ in range(50):
-        again = Retries(10).next(limited(971), asked=3.0)
+        again = Retries(10).next(limited(971, retry_after=3.0))
         assert again
         assert 3 <= again[0] <= 3 + BASE
 

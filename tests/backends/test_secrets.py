@@ -24,7 +24,7 @@ SCAN = r"""
 import gc, logging, os, pickle, sys, traceback
 from mistral_nb.answer import Answer
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
-from mistral_nb.config import Secret
+from mistral_nb.secret import Secret
 from mistral_nb.errors import MistralError
 from mistral_nb.types import GenerationRequest
 

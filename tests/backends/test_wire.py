@@ -33,6 +33,12 @@ def test_frames_come_out_whole_wherever_they_are_split() -> None:
         assert list(frames([BODY[:at], BODY[at:]])) == DATA, f"split at byte {at}"
 
 
+def test_a_byte_order_mark_before_the_first_event_takes_nothing_from_it() -> None:
+    data = b"\xef\xbb\xbf" + BODY
+    for at in range(5):
+        assert list(frames([data[:at], data[at:]])) == DATA, f"split at byte {at}"
+
+
 KINDS = (
     {"response": "Hello", "p": "abcdefgh"},
     {"response": "", "tool_calls": [], "p": "abdef"},

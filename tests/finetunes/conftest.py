@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mistral_nb.config import Secret, Settings
+from mistral_nb.config import Settings
+from mistral_nb.secret import Secret
 from tests.finetunes.adapters import write_adapter
 from tests.finetunes.finetunes_server import ACCOUNT, TOKEN, FinetunesServer
 

@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+from tests.backends.scripted import PATIENCE, TOKEN, Seen
+
 ACCOUNT = "0123456789abcdef0123456789abcdef"
-TOKEN = "s3cret-t0ken-never-shown"
-PATIENCE = 10.0
 BASE = f"/client/v4/accounts/{ACCOUNT}/ai"
 PUBLIC = {
     "id": "99999999-0000-4000-8000-000000000001",
@@ -38,18 +38,6 @@ def error(code: int, message: str) -> dict[str, Any]:
         "result": {},
         "messages": [],
     }
-
-
-@dataclass
-class Seen:
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 @dataclass
@@ -139,12 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
         if faults and faults[0] == "cut":
             self.rfile.read(70_000)
             self._answer(b"")
+            return
+        size = int(self.headers["content-length"])
+        body = self.rfile.read(size)
+        if len(body) == size:
+            self._answer(body)
         else:
-            self._answer(self.rfile.read(int(self.headers["content-length"])))
+            self.close_connection = True
 
     def _answer(self, body: bytes) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.finetunes.seen.append(Seen(self.command, self.path, headers, body))
+        self.finetunes.seen.append(Seen(self.requestline, headers, body))
         if self.headers["authorization"] != f"Bearer {TOKEN}":
             return self._send(401, error(10000, "Authentication error"))
         path = self.path.removeprefix(f"{BASE}/")

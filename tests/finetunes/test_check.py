@@ -300,6 +300,21 @@ def test_what_is_no_mistral_is_not_called_one(tmp_path: Path) -> None:
     assert not (tmp_path / "mended").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+def test_a_copy_that_finds_no_room_is_not_left_behind(tmp_path: Path) -> None:
+    import resource
+
+    folder, target = write_adapter(tmp_path / "tone", {"model_type": ...}), tmp_path / "mended"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(AdapterError, match=r"mended cannot be made \(File too large\); check the disk"):
+            fixed_copy(folder, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not target.exists()
+
+
 def test_the_checks_need_no_torch_and_no_http() -> None:
     modules = "mistral_nb.finetunes.check, mistral_nb.finetunes.store"
     code = f"import sys, {modules}\nprint({{'torch', 'httpx'}} & set(sys.modules))"

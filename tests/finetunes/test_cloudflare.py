@@ -1,4 +1,4 @@
-"""Adapters on an account: lists in every form, a push from check to first answer, and a push that is cut short."""
+"""Adapters on an account: lists in every form, a push from check to first answer, and one that fails or is stopped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import threading
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +26,16 @@ from mistral_nb.errors import (
     ConnectionFailed,
     InvalidRequest,
     MistralError,
+    ModelError,
     RateLimited,
     RequestTimeout,
 )
 from mistral_nb.finetunes.account import Account
-from mistral_nb.finetunes.adapter import ASSETS as FILES
 from mistral_nb.finetunes.adapter import CONFIG_FILE, DEFAULT_MODEL, WEIGHTS_FILE, Adapter
 from mistral_nb.finetunes.cloudflare import Push, list_adapters, public_adapters, push
-from mistral_nb.finetunes.pushes import pushes_path, recall, sums_of
 from mistral_nb.progress import Progress
 from tests.finetunes.adapters import write_adapter
-from tests.finetunes.finetunes_server import BASE, PUBLIC, TOKEN, FinetunesServer, error
+from tests.finetunes.finetunes_server import BASE, PATIENCE, PUBLIC, TOKEN, FinetunesServer, error
 
 RUN = f"POST run/{DEFAULT_MODEL}"
 FIRST = "11111111-0000-4000-8000-000000000001"
@@ -60,6 +60,14 @@ def test_a_list_is_asked_for_again(server: FinetunesServer, settings: Settings) 
     server.faults["GET finetunes"] = [(500, error(3043, "Internal")), "closed", (429, error(971, "slow"))]
     assert list_adapters(settings) == []
     assert len(server.asked("GET finetunes")) >= 4
+
+
+def test_a_list_is_asked_for_no_earlier_than_the_service_says(server: FinetunesServer, settings: Settings) -> None:
+    busy = (503, error(3043, "Internal"), {"retry-after": "1"})
+    server.faults["GET finetunes"] = [busy]
+    started = time.monotonic()
+    assert list_adapters(settings) == []
+    assert time.monotonic() - started >= 1
 
 
 def nested(lists: int) -> Any:
@@ -132,111 +140,51 @@ def test_what_is_unfit_is_not_pushed(server: FinetunesServer, settings: Settings
     assert server.seen == []
 
 
-def test_a_whole_adapter_is_not_pushed_over(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    push(folder, "tone", settings=settings)
-    server.seen.clear()
-    with pytest.raises(AdapterError, match="on the account already, with files that cannot be replaced"):
-        push(folder, "tone", settings=settings)
-    assert server.asked() == ["GET finetunes", RUN]
+@pytest.mark.parametrize("stalled", ["GET finetunes", "POST finetunes", ASSETS, RUN])
+def test_a_push_is_stopped_at_once(server: FinetunesServer, settings: Settings, folder: Path, stalled: str) -> None:
+    hold = threading.Event()
+    server.faults[stalled] = [hold]
+    task = Push(folder, "tone", settings=settings)
+    ends: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            task.run()
+        except BaseException as error:  # looked at below
+            ends.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert server.reached.wait(PATIENCE)
+    task.stop()
+    thread.join(PATIENCE / 2)
+    assert ends, "while the service still says nothing"
+    hold.set()
+    assert push(folder, "tone", settings=settings).name == "tone"
 
 
-def test_a_name_for_another_model(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    server.add("tone", "@cf/google/gemma-2b-it-lora")
-    with pytest.raises(AdapterError, match="on the account for @cf/google/gemma-2b-it-lora; choose another name"):
-        push(folder, "tone", settings=settings)
+@pytest.mark.parametrize("how", ["written anew", "cut", "grown", "gone"])
+def test_a_file_that_changes_meanwhile(server: FinetunesServer, settings: Settings, folder: Path, how: str) -> None:
+    weights = folder / WEIGHTS_FILE
 
+    def meanwhile(now: Progress) -> None:
+        if not now.step.endswith(CONFIG_FILE):
+            return
+        content = weights.read_bytes() if weights.exists() else b""
+        match how:
+            case "written anew":
+                weights.write_bytes(content[:-1] + b"\1")
+            case "cut":
+                os.truncate(weights, 100_000)
+            case "grown":
+                weights.write_bytes(content + b"\0")
+            case _:
+                weights.unlink(missing_ok=True)
 
-def test_a_push_goes_on_where_one_was_cut_short(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    server.add("tone")
-    assert push(folder, "tone", settings=settings).id == FIRST
-    assert set(server.files[FIRST]) == {CONFIG_FILE, WEIGHTS_FILE}
-    assert "POST finetunes" not in server.asked()
-
-
-def test_a_file_that_nobody_here_knows_is_told(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    server.add("tone", files={CONFIG_FILE: b"{}"})
-    with pytest.warns(
-        UserWarning, match=f"^{CONFIG_FILE} of tone was on the account before this push and not replaced"
-    ):
-        assert push(folder, "tone", settings=settings).id == FIRST
-    assert server.files[FIRST][CONFIG_FILE] == b"{}"
-    server.add("two", files=dict.fromkeys(FILES, b""))
-    server.unfound = 10**6
-    with pytest.raises(AdapterError, match=f"On the account now: two .* {CONFIG_FILE} and {WEIGHTS_FILE} of two were"):
-        push(folder, "two", settings=settings, patience=0)
-
-
-@pytest.mark.parametrize("other", FILES)
-def test_a_push_does_not_go_on_with_another_file(
-    server: FinetunesServer, settings: Settings, folder: Path, tmp_path: Path, other: str
-) -> None:
-    cut_short(server, settings, folder)
-    before = dict(server.files[FIRST])
-    changed = write_adapter(tmp_path / "changed")
-    content = (folder / other).read_bytes()
-    (changed / other).write_bytes(content + b"\n" if other == CONFIG_FILE else content[:-1] + b"\1")
-    with pytest.raises(
-        AdapterError, match=f"was created for another {other} than that in .*changed, .*choose another name"
-    ):
-        push(changed, "tone", settings=settings)
-    assert server.files[FIRST] == before
-    assert push(folder, "tone", settings=settings).id == FIRST
-
-
-def cut_short(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    """A push whose configuration alone comes to the account."""
-    go_on = threading.Event()
-    go_on.set()
-    server.faults[ASSETS] = [go_on, "cut"]
-    with pytest.raises(ConnectionFailed):
-        push(folder, "tone", settings=settings)
+    told = "cannot be read" if how == "gone" else "has changed since the push began"
+    with pytest.raises(ModelError, match=rf"{WEIGHTS_FILE} {told}.*with {CONFIG_FILE} from this push; to go on"):
+        push(folder, "tone", settings=settings, progress=meanwhile)
     assert list(server.files[FIRST]) == [CONFIG_FILE]
-
-
-def test_what_an_adapter_was_created_for_is_noted(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    server.faults["POST finetunes"] = [(400, error(5006, "no")), "closed"]
-    with pytest.raises(AdapterError):
-        push(folder, "tone", settings=settings)
-    with pytest.raises(ConnectionFailed):
-        push(folder, "tone", settings=settings)
-    assert list(pushes_path().iterdir()) == []
-    push(folder, "tone", settings=settings)
-    (note,) = pushes_path().iterdir()
-    assert recall(FIRST) == sums_of(folder)
-    for damaged in (b"", b"[]", b"{}", b"[" * 3_000, b"\xff"):
-        note.write_bytes(damaged)
-        assert recall(FIRST) is None
-
-
-def test_what_cannot_be_noted_is_not_created(
-    server: FinetunesServer, settings: Settings, folder: Path, home: Path
-) -> None:
-    home.write_bytes(b"a file")
-    with pytest.raises(AdapterError, match=r"cannot be noted .* MISTRAL_NB_HOME .*put nothing on the account"):
-        push(folder, "tone", settings=settings)
-    assert server.asked() == ["GET finetunes"]
-
-
-def test_a_push_goes_on_after_an_interrupted_wait(server: FinetunesServer, settings: Settings, folder: Path) -> None:
-    server.unfound = 1
-
-    def interrupt(now: Progress) -> None:
-        if now.step.startswith("Waiting"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt, match="with both files; try it in a moment"):
-        push(folder, "tone", settings=settings, progress=interrupt)
-    assert push(folder, "tone", settings=settings).id == FIRST
-    assert server.asked("POST finetunes") == ["POST finetunes", *[ASSETS] * 4]
-
-
-def test_files_that_are_refused_for_good_are_told_after_the_wait(
-    server: FinetunesServer, settings: Settings, folder: Path
-) -> None:
-    cut_short(server, settings, folder)
-    server.faults[ASSETS] = [(400, error(5006, "assets cannot be edited")), (413, {})]
-    with pytest.raises(AdapterError, match=rf"cannot be edited.*{WEIGHTS_FILE}: .*HTTP 413.*that tone lacks files"):
-        push(folder, "tone", settings=settings, patience=0)
 
 
 def test_an_upload_that_breaks_off(server: FinetunesServer, settings: Settings, folder: Path) -> None:
@@ -254,6 +202,15 @@ def test_an_upload_that_breaks_off(server: FinetunesServer, settings: Settings, 
 def test_a_create_without_an_answer(server: FinetunesServer, settings: Settings, folder: Path) -> None:
     server.faults["POST finetunes"] = ["closed"]
     with pytest.raises(ConnectionFailed, match="Whether tone was created on the account is not known: push"):
+        push(folder, "tone", settings=settings)
+
+
+@pytest.mark.parametrize("answer", [(401, error(10000, "no")), (429, error(971, "slow"))])
+def test_a_create_that_was_not_tried(
+    server: FinetunesServer, settings: Settings, folder: Path, answer: tuple[int, Any]
+) -> None:
+    server.faults["POST finetunes"] = [answer]
+    with pytest.raises(BackendError, match="This push has put nothing on the account"):
         push(folder, "tone", settings=settings)
 
 
@@ -293,6 +250,12 @@ def test_no_capacity_to_try_it_is_no_failure(server: FinetunesServer, settings: 
     assert "allowance is spent" in task.untried
 
 
+def test_a_trial_is_made_again(server: FinetunesServer, settings: Settings, folder: Path) -> None:
+    server.faults[RUN] = [(500, error(3043, "Internal")), "closed"]
+    assert push(folder, "tone", settings=settings).id == FIRST
+    assert server.asked(RUN) == [RUN] * 3
+
+
 def test_a_model_that_takes_no_adapters(server: FinetunesServer, settings: Settings, folder: Path) -> None:
     server.faults[RUN] = [(405, error(5005, "LoRA unsupported"))]
     with pytest.raises(InvalidRequest, match=r"takes no LoRA adapter.*On the account now"):
@@ -319,8 +282,9 @@ def test_a_service_that_takes_nothing(settings: Settings, folder: Path) -> None:
                 first_token_timeout=3.0,
             )
         )
+        adapter = Adapter(FIRST, "tone", DEFAULT_MODEL, "", "")
         with pytest.raises(RequestTimeout, match=rf"took nothing of {WEIGHTS_FILE} for 0\.3 s.*raise stall_timeout"):
-            account.upload(Adapter(FIRST, "tone", DEFAULT_MODEL, "", ""), weights, lambda step, done, total: None)
+            account.upload(adapter, weights, "not read so far", lambda step, done, total: None)
 
 
 class Stop(Exception):

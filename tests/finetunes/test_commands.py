@@ -149,6 +149,7 @@ def test_push(say: Say, account: FinetunesServer, folder: Path) -> None:
         f"tone ({FIRST}) is on the account; use it with --lora tone --model {DEFAULT_MODEL}\n",
     )
     assert steps.splitlines() == [
+        "Checking",
         "Looking at the account",
         "Creating tone",
         f"Uploading {CONFIG_FILE}",

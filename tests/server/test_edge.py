@@ -19,15 +19,17 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mistral_nb.errors import ConfigurationError
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.server import lifecycle
+from mistral_nb.server.connections import BoundedHttp
 from mistral_nb.server.edge import Door
-from mistral_nb.server.journal import REQUEST_LOG
-from mistral_nb.server.limits import BoundedHttp
+from mistral_nb.server.journal import REQUEST_LOG, Journal, Journalled
 from mistral_nb.server.listening import Tls
 from mistral_nb.server.logs import LogFile
 from tests.server.engines import DEADLINE, MODEL, STAND_IN, Engines, EngineUnderTest, eventually, run_path
@@ -138,10 +140,34 @@ def test_behind_a_proxy_that_ends_tls(host: str, origin: str, expected: tuple[st
     assert plain == ("", 403), "a name alone says nothing of a scheme"
 
 
-@pytest.mark.parametrize("name", ["ftp://a.example", "https://", "https://a.example/path"])
-def test_what_is_no_origin_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["ftp://a.example", "https://", "https://a.example/path", "a.example/", "*.example", "*", "", "a@b", "a.example:x"],
+)
+def test_what_is_no_origin_and_no_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match="--allow-host"):
         Door(Response(), SECRET, (name,))
+
+
+@pytest.mark.parametrize(("name", "host"), [("::1", "[::1]:8000"), ("A.example:8443", "a.example"), ("[::2]", "[::2]")])
+def test_names_are_taken_as_they_may_be_written(name: str, host: str) -> None:
+    assert through_proxy("/health", name, host=host) == ("http", 200)
+
+
+def test_behind_a_proxy_the_log_names_the_route(caplog: pytest.LogCaptureFixture) -> None:
+    """And not the path, in which an account stands."""
+    caplog.set_level(logging.INFO, REQUEST_LOG)
+    app = Starlette(routes=[Route("/{account}/run/{model}", Response("answer"))])
+    transport = httpx.ASGITransport(Journalled(Door(app, SECRET, ("https://play.example",)), Journal()))
+
+    async def ask() -> httpx.Response:
+        headers = {"authorization": f"Bearer {SECRET}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://play.example", headers=headers) as client:
+            return await client.get("/mine/run/small")
+
+    assert asyncio.run(ask()).status_code == 200
+    line = json.loads(caplog.records[-1].message)
+    assert (line["route"], line["model"]) == ("/{account}/run/{model}", "small")
 
 
 def test_a_body_with_two_ends_is_refused(engine: EngineUnderTest) -> None:
@@ -386,3 +412,15 @@ def test_a_log_does_not_grow_without_end(tmp_path: Path) -> None:
     kept = (file.with_suffix(".log.old").read_text() + file.read_text()).split("line ")[1:]
     numbers = [int(line.split()[0]) for line in kept]
     assert numbers == list(range(numbers[0], 100))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_log_on_a_full_disk_stops_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "engine.log"
+    file.with_suffix(".log.old").symlink_to("/dev/full")
+    log = LogFile(file, limit=1000)
+    for n in range(20):
+        log.emit(logging.makeLogRecord({"msg": f"line {n} {'x' * 80}", "name": REQUEST_LOG}))
+    log.close()
+    assert file.stat().st_size < 1200
+    assert "line 19 " in file.read_text()

@@ -119,6 +119,14 @@ def test_a_file_is_uploaded_once_and_under_its_name(engine: EngineUnderTest, nam
     assert (folder(engine, made) / CONFIG).read_bytes() == b"{}"
 
 
+def test_a_disk_that_fails_is_not_the_requests_fault(engine: EngineUnderTest, name: str) -> None:
+    made = create(engine, name=name).json()["result"]
+    (folder(engine, made) / f".{CONFIG}.lock").mkdir()
+    status, code, message = error_of(upload(engine, name, CONFIG))
+    assert (status, code) == (507, 3043)
+    assert "mend that" in message
+
+
 @pytest.mark.parametrize(
     "sent",
     [

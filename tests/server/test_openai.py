@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from mistral_nb.server.answering import Ask
 from mistral_nb.server.generation import Piece
 from mistral_nb.server.openai import parse_chat, parse_completion
 from mistral_nb.server.openai_answers import ChatShape, Head, openai_error
-from mistral_nb.server.schemas import wire_error
+from mistral_nb.server.schemas import WireError, wire_error
 from mistral_nb.types import Function, Message, Usage
 from tests.server.engines import MODEL, STAND_IN, EngineUnderTest, frames
 
@@ -23,6 +24,7 @@ COMPLETIONS = "/v1/completions"
 USER = [{"role": "user", "content": "Write one sentence about the sea."}]
 SHORT: dict[str, Any] = {"messages": USER, "temperature": 0, "max_tokens": 8}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}
+CITIES = ("Rome", "Oslo")
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}}
 
 
@@ -198,7 +200,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True}, "logprobs", "must be false"),
     ({"top_logprobs": 3}, "top_logprobs", "must be 0"),
     ({"logit_bias": {"50256": -100}}, "logit_bias", "must be {}"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls", "must be true"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "must be true or false"),
     ({"response_format": {"type": "json_object"}}, "response_format", "left out"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "is not supported here"),
     ({"functions": [{"name": "f"}]}, "functions", "is not supported here"),
@@ -316,6 +318,27 @@ def altered(value: Any, odd: Any) -> Iterator[Any]:
             yield from ([*value[:index], each, *value[index + 1 :]] for each in altered(part, odd))
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_one_call_at_a_time(engine: EngineUnderTest, several: bool) -> None:
+    """The model, which imitates what it sees, calls for two cities where it may."""
+    told = {"properties": {"city": {"type": "string"}}, "required": ["city"]}
+    two = [
+        {**CALL, "id": city, "function": {"name": "weather", "arguments": f'{{"city": "{city}"}}'}} for city in CITIES
+    ]
+    turns = [
+        {"role": "user", "content": "Weather in Rome and Oslo?"},
+        {"role": "assistant", "tool_calls": two},
+        *({"role": "tool", "tool_call_id": city, "content": "sunny"} for city in CITIES),
+        {"role": "assistant", "content": "Sunny."},
+        {"role": "user", "content": "Weather in Köln and Bonn?"},
+    ]
+    tool = {"type": "function", "function": {**WEATHER["function"], "parameters": told}}
+    choice: dict[str, Any] = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": several}
+    answer = ask(engine, messages=turns, temperature=0, max_tokens=100, **choice).json()["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    assert (len(answer["message"]["tool_calls"]) > 1) is several
+
+
 @pytest.mark.parametrize("parse", [parse_chat, parse_completion])
 def test_no_body_is_a_surprise(parse: Callable[[bytes, str, str], Ask]) -> None:
     """Whatever stands where: an answer or a refusal that can be sent."""
@@ -331,6 +354,33 @@ def test_no_body_is_a_surprise(parse: Callable[[bytes, str, str], Ask]) -> None:
                 assert status == 400
                 json.dumps(told, ensure_ascii=False).encode()
     assert refused > 50
+
+
+@pytest.mark.parametrize("arguments", ['{"x": NaN}', '{"x": 1e999}'])
+def test_numbers_that_json_has_not_are_refused(arguments: str) -> None:
+    """In a past call, which the model would imitate, and in a schema."""
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": json.loads(arguments)}}
+    for body, field in (({"messages": turns}, r"messages\[1\]"), ({"messages": USER, "tools": [tool]}, r"tools\[0\]")):
+        with pytest.raises(InvalidRequest, match=rf"^{field}.* not finite"):
+            parse_chat(json.dumps(body).encode(), MODEL, "1")
+
+
+def test_no_depth_is_a_surprise() -> None:
+    """Neither in the body nor in the text of a past call's arguments."""
+    for depth in range(800, 1000):
+        for opened, closed in ("[]", ('{"a":', "}")):
+            nested = f"{opened * depth}1{closed * depth}"
+            call = {**CALL, "function": {"name": "weather", "arguments": f'{{"x": {nested}}}'}}
+            tool = json.dumps({"type": "function", "function": {"name": "f", "parameters": {"x": 0}}})
+            for body in (
+                json.dumps({"messages": [*USER, {"role": "assistant", "tool_calls": [call]}]}),
+                f'{{"messages": {json.dumps(USER)}, "tools": [{tool.replace("0", nested)}]}}',
+                f'{{"messages": {nested}}}',
+            ):
+                with contextlib.suppress(WireError, InvalidRequest):
+                    parse_chat(body.encode(), MODEL, "1")
 
 
 def test_the_turns_that_the_model_is_shown() -> None:

@@ -123,6 +123,16 @@ def test_a_page_that_is_closed_ends_its_generation(known: httpx.Client, engine: 
     eventually(lambda: counter(engine, "cancelled") == before + 1, "the engine is free")
 
 
+def test_a_long_prompt_may_come_in_parts(engine: EngineUnderTest) -> None:
+    """It stands in the address, and no network carries that in one piece."""
+    first, second = (f"GET /health?{name}" for name in ("first", "second"))
+    long = f"{second}={'x' * 60_000} HTTP/1.1\r\nHost: {engine.record.host}\r\nConnection: close\r\n\r\n".encode()
+    with engine.raw(f"{first} HTTP/1.1", long[:40_000]) as connection, connection.makefile("rb") as answers:
+        assert answers.readline().startswith(b"HTTP/1.1 200 ")
+        connection.sendall(long[40_000:])
+        assert answers.read().count(b"HTTP/1.1 200 ") == 1
+
+
 def test_sessions_end(monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = Sessions()
     first, *_, last = [sessions.open() for _ in range(playground._MOST_SESSIONS)]

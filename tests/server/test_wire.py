@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from mistral_nb.errors import InvalidRequest
 from mistral_nb.server.generation import Piece
-from mistral_nb.server.schemas import WorkersShape
+from mistral_nb.server.schemas import WireError, WorkersShape, parse_request
 from mistral_nb.types import Usage
 from tests.server.engines import DEADLINE, MODEL, STAND_IN, EngineUnderTest, frames, run_path, text_of
 
@@ -232,6 +233,16 @@ def test_a_field_that_is_wrong_is_named(engine: EngineUnderTest, body: dict[str,
     status, code, message = error_of(engine.post(content=json.dumps(body)))
     assert (status, code) == (400, 5006)
     assert expected in message
+
+
+@pytest.mark.parametrize("form", ['{"messages":%s}', '{"messages":[%s]}', '{"prompt":%s}', '{"prompt":"a","x":%s}'])
+def test_no_depth_is_a_surprise(form: str) -> None:
+    """Between what can be shown and what cannot be read there are depths that can only be read."""
+    for depth in range(700, 1100, 4):
+        for opened, closed in ("[]", ('{"a":', "}")):
+            body = form % f"{opened * depth}1{closed * depth}"
+            with pytest.raises((WireError, InvalidRequest)):
+                parse_request(body.encode())
 
 
 @pytest.mark.parametrize(
