@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-__all__ = ["MAX_MATH", "SCHEMES", "fenced", "is_formula", "literal", "plain_text", "safe_markdown"]
+__all__ = ["CLOSE_DOLLAR", "MAX_MATH", "SCHEMES", "fenced", "is_formula", "literal", "plain_text", "safe_markdown"]
 
 SCHEMES = frozenset({"http", "https", "mailto", "ftp"})
 MAX_MATH = 2000
@@ -56,7 +56,7 @@ _ACTIVE_TEX = re.compile(
     r"\\(?:href|url|style|class|cssId|data|require|includegraphics|mmlToken|csname|let|[gex]?def|(?:re)?new\w+)(?![a-zA-Z])"
 )
 _DOLLAR, _BACKSLASH = "<span>&#36;</span>", "<span>&#92;</span>"
-_CLOSE_DOLLAR = re.compile(r"(?<=[^\s\\$])\$(?![\d$])")
+CLOSE_DOLLAR = re.compile(r"(?<=[^\s\\$])\$(?![\d$])")
 _DISPLAY_OPEN = re.compile(r"[ \t]*(?:[-+*]|\d{1,9}[.)])?[ \t]*(\\\[|\$\$)")
 
 
@@ -243,7 +243,7 @@ class _Run:
         self.ticks: dict[int, list[int]] = {}
         for match in re.finditer("`+", text):
             self.ticks.setdefault(len(match[0]), []).append(match.start())
-        self.dollars = [match.start() for match in _CLOSE_DOLLAR.finditer(text)]
+        self.dollars = [match.start() for match in CLOSE_DOLLAR.finditer(text)]
 
     def code_end(self, start: int, size: int) -> int | None:
         """Where the next run of `size` backticks starts."""
