@@ -69,7 +69,7 @@ def described(function: Definition) -> tuple[str, dict[str, Any]]:
     Annotations give the types: the built-in ones, `list[T]`, `dict[str, T]`, `Optional`, unions, `Literal` and
     `Annotated` with a text. Any other, and none at all, takes every JSON value. Parameters without a default are
     required; `*args` is left out, `**kwargs` allows further arguments. Raises `ValueError` where an annotation is
-    nested too deeply.
+    nested more than 20 times.
     """
     try:
         return _described(function)

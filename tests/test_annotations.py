@@ -229,7 +229,7 @@ def admitted(schema: Mapping[str, Any]) -> Iterator[Any]:
     [
         *(int, float, str, bool, None, list, tuple, dict, Unit, Size, Place, Span, Trip, Tree, Box[Unit], Key),
         *(list[Unit], set[float], frozenset[str], Sequence[Place], tuple[()], tuple[int, ...], tuple[Unit, Place]),
-        *(dict[str, Size], dict[str, list[Place]], Mapping[str, int | None], dict[str], Box[Box[int]]),  # type: ignore[misc]
+        *(dict[str, Size], dict[str, list[Place]], Mapping[str, int | None], dict[str]),  # type: ignore[misc]
         *(Literal[1, True, "a", None], Literal[Unit.METRIC, Size.SMALL, "m"], Place | dict[str, int] | None),
         *(Unit | str, float | int, Annotated[list[Key] | Span, "Either"]),
     ],

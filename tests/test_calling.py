@@ -274,9 +274,10 @@ def test_an_async_function_runs_in_the_callers_context() -> None:
 
 
 def test_a_call_is_shown_to_its_end_before_it_runs() -> None:
-    command, shown = f"ls {'a' * 200} && rm -rf b", []
-    Toolbox([anything]).run({"name": "anything", "arguments": {"x": command}}, lambda record: shown.append(record.asked))
-    assert shown == [f"anything(x={command!r})"]
+    command = f"ls {'a' * 200} && rm -rf b"
+    begun: list[CallRecord] = []
+    Toolbox([anything]).run({"name": "anything", "arguments": {"x": command}}, begun.append)
+    assert [record.asked for record in begun] == [f"anything(x={command!r})"]
     longer = run(anything, {"x": f"ls {'a' * 50_000} && rm -rf b"})
     assert longer.asked.startswith("anything(x='ls aaa")
     assert longer.asked.endswith("aaa && rm -rf b')")

@@ -200,7 +200,7 @@ def test_an_annotation_that_is_nested_deeply_is_refused(within: str) -> None:
 
     assert outcome(nested(20)) == "object"
     assert outcome(nested(21)) == "refused"
-    assert outcome(f"def f(x: \"{nested(21)[9:-6]}\"): ...") == "refused"
+    assert outcome(f'def f(x: "{nested(21)[9:-6]}"): ...') == "refused"
 
 
 @pytest.mark.parametrize("name", ["", "two words", "a\nb", "a" * 65, 'say"', "f()", "\u200b"])

@@ -23,7 +23,9 @@ READ_RATE = 1024
 """Bytes a second that a peer must take of what waits for it, or else it does not read."""
 
 LINGER = 2.0
-"""Seconds for a peer that still sends to take note of an answer that ends the connection; a shutdown waits for 3."""
+"""Seconds for a peer that still sends: to take note of an answer that ends the connection, and, once the server shuts
+down, to send the rest of a body. A shutdown gives connections 3 seconds in all.
+"""
 
 UNTAKEN = 10
 """How many times its patience a peer may take none of what it was sent: the window of a slow one is long shut."""
@@ -71,6 +73,11 @@ class BoundedHttp(H11Protocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing: an offer of HTTP/2 or WebSockets may be left unanswered. uvicorn would have packages installed."""
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_started:
+            self._linger.light()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP as the wire has it, unless an answer was begun: uvicorn's own would fail then.

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, ViewportSize, expect, sync_playwright
 
 from tests.browser.chat_page import Notebook, Teller
 
+SIZE: ViewportSize = {"width": 1280, "height": 900}
 CHROMIUM = [
     "--no-sandbox",
     "--disable-gpu",
@@ -109,7 +110,7 @@ def browser(chromium: str) -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A page with cookies and storage of its own."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser.new_page(viewport=SIZE)
     page.set_default_timeout(60_000)
     yield page
     page.close()
@@ -135,9 +136,7 @@ def notebook(request: pytest.FixtureRequest, lab: Lab, browser: Browser, teller:
 
 @contextmanager
 def opened(lab: Lab, browser: Browser, front_end: str, name: str, teller: Teller) -> Iterator[Notebook]:
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
-    )
+    context = browser.new_context(viewport=SIZE, permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
     page.set_default_timeout(60_000)
     yield Notebook(lab, page, front_end, f"{name}.ipynb", teller)

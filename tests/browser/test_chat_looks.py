@@ -11,7 +11,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from tests.browser.conftest import opened
+from tests.backends.scripted import frame, head
+from tests.browser.chat_page import DONE, framed
+from tests.browser.conftest import SIZE, opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -44,6 +46,25 @@ def harmonic(n: int) -> float:
 > It diverges, slowly.
 """
 ARABIC = "مرحبا بالعالم، هذا نص.\n\n- واحد\n- اثنان\n\n```python\nprint('left to right')\n```\n\nAnd English."
+
+
+COMPARED = (
+    "A generator is a function whose `yield` hands out one value at a time:\n\n"
+    "```python\ndef squares(n: int):\n    for i in range(n):\n        yield i * i\n```\n",
+    "It is an iterator that is written like a function and keeps its place between values.\n\n"
+    "```python\nlines = (line.strip() for line in open('notes.txt'))\nfirst = next(lines)\n```\n",
+)
+
+
+def usage(tokens: int) -> bytes:
+    return frame({"response": "", "usage": {"prompt_tokens": 21, "completion_tokens": tokens}})
+
+
+def slowly(text: str) -> Iterator[Any]:
+    """Pieces of a text as steps, 10 ms apart."""
+    for start in range(0, len(text), 16):
+        yield framed(text[start : start + 16])
+        yield lambda: threading.Event().wait(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -81,51 +102,57 @@ def violations(page: Page, where: str) -> list[Any]:
 
 
 def brightness(chat: ChatPage, selector: str, style: str) -> float:
-    colour = chat.root.locator(selector).first.evaluate(f"node => getComputedStyle(node).{style}")
+    colour = chat.root.evaluate(f"root => getComputedStyle(root.querySelector('{selector}') || root).{style}")
     red, green, blue = (float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
     return (red + green + blue) / 3
 
 
 def test_everything_can_be_seen_and_named_in_both_themes(own: Notebook, teller: Teller, theme: str, shoot: Shoot) -> None:
-    chat = own.chat("compare={'model': '@cf/mistral/mistral-7b-instruct-v0.1'}, temperature=0.3")
-    assert violations(own.page, ".jp-OutputArea") == []
-    shoot(own.page, f"empty-{theme.lower()}")
-    chat.button("Compare two answers").click()
-    teller.say(ANSWER)
+    chat = own.chat("temperature=0.3")
+    teller.play(*slowly(ANSWER), usage(96), DONE)
     chat.ask_done("How fast do the harmonic numbers grow?")
-    shoot(own.page, f"answer-{theme.lower()}")
+    own.page.mouse.move(0, 0)
+    shoot(own.cell(), f"chat-{theme.lower()}")
     light = theme == "Light"
     assert (brightness(chat, ".mnb-transcript", "color") < 128) is light
     assert (brightness(chat, ".mnb-code code", "color") < 128) is light
-    background = chat.root.evaluate("node => getComputedStyle(node).backgroundColor")
-    assert (int(background.split("(")[1].split(",")[0]) > 128) is light
+    assert (brightness(chat, "none", "backgroundColor") > 128) is light
+    assert violations(own.page, ".jp-OutputArea") == []
+
+    chat = own.chat("compare={'model': '@cf/mistral/mistral-7b-instruct-v0.1'}, temperature=0.3")
+    assert violations(own.page, ".jp-OutputArea") == []
+    shoot(own.page, f"empty-{theme.lower()}")
+    teller.scripts = [[]] * teller.connections
+    teller.scripts += [[head(), *slowly(text), usage(len(text) // 4), DONE] for text in COMPARED]
+    chat.ask_done("What is a generator in Python? One sentence and a short example.")
+    own.page.mouse.move(0, 0)
+    shoot(own.cell(), f"chat-compare-{theme.lower()}")
+    chat.button("Compare two answers").click()
     teller.play("The first half")
     chat.ask_done("An answer that breaks off")
-    chat.button("Compare two answers").click()
-    teller.say_each("One answer.", "Another answer.\n\n```python\nx = 1\n```")
-    chat.ask_done("Which is better?")
-    shoot(own.page, f"compare-{theme.lower()}")
+    shoot(own.page, f"error-{theme.lower()}")
     assert violations(own.page, ".jp-OutputArea") == []
     chat.button("Export").click()
     chat.root.get_by_role("menuitem", name="Markdown file").wait_for()
+    shoot(own.page, f"menu-{theme.lower()}")
     assert violations(own.page, ".mnb-chat") == []
     own.page.keyboard.press("Escape")
     gate = threading.Event()
-    chat.button("Compare two answers").click()
     teller.say("It is being ", gate, "written.")
     chat.ask("Slowly, please")
-    expect(chat.answer(3)).to_contain_text("It is being")
+    expect(chat.answer(2)).to_contain_text("It is being")
     shoot(own.page, f"writing-{theme.lower()}")
     assert violations(own.page, ".mnb-chat") == []
     gate.set()
-    chat.done(3)
+    chat.done(2)
     chat.button("System prompt").click()
     chat.button("Settings").click()
     own.cell().get_by_label("temperature", exact=True).wait_for()
-    expect(chat.footer(3)).to_be_in_viewport(ratio=1)
-    shoot(own.page, f"panel-{theme.lower()}")
-    shoot(own.cell(), f"settings-{theme.lower()}")
+    expect(chat.footer(2)).to_be_in_viewport(ratio=1)
+    own.page.set_viewport_size({"width": 1280, "height": 1600})
+    shoot(own.page, f"settings-{theme.lower()}")
     assert violations(own.page, ".jp-OutputArea") == []
+    own.page.set_viewport_size(SIZE)
     assert own.errors == []
 
 
@@ -170,4 +197,4 @@ def test_a_narrow_column(own: Notebook, teller: Teller, shoot: Shoot) -> None:
     assert menu["x"] + menu["width"] <= outer["x"] + outer["width"]
     own.page.keyboard.press("Escape")
     assert violations(own.page, ".mnb-chat") == []
-    own.page.set_viewport_size({"width": 1280, "height": 900})
+    own.page.set_viewport_size(SIZE)

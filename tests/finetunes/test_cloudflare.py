@@ -209,8 +209,11 @@ def test_an_upload_that_breaks_off(server: FinetunesServer, settings: Settings, 
     server.faults[ASSETS] = [go_on, "cut"]
     with pytest.raises(ConnectionFailed) as caught:
         push(folder, "tone", settings=settings)
-    assert str(caught.value).endswith(
-        f"On the account now: tone ({FIRST}) with {CONFIG_FILE} from this push; to go on, push it again under that name"
+    # The buffers of the connection may have taken the rest of the file.
+    assert re.search(
+        rf"On the account now: tone \({FIRST}\) with {CONFIG_FILE} from this push(; whether {WEIGHTS_FILE} arrived is "
+        r"not known)?; to go on, push it again under that name$",
+        str(caught.value),
     )
     assert push(folder, "tone", settings=settings).id == FIRST
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -67,6 +67,11 @@ class Listening:
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in BODIES:
             await Response(BODIES[scope["path"]])(scope, receive, send)
+            return
+        if scope["path"] == "/body":
+            with pytest.raises(ClientDisconnect):
+                await Request(scope, receive).body()
+            self.left.set()
             return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         with pytest.raises(ClientDisconnect):
@@ -202,6 +207,20 @@ def test_an_early_answer_reaches_a_client_that_still_sends() -> None:
     patient.close()
 
 
+def test_a_body_that_does_not_come_holds_no_shutdown_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "LINGER", SOON)
+    server = Listening(BoundedHttp)
+    with server.connect(b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"):
+        eventually(lambda: bool(server.server.server_state.tasks), "the request is there")
+        server.server.should_exit = True
+        server.thread.join(DEADLINE)
+        assert server.left.is_set()
+    server.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_who_does_not_stop_sending_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "LINGER", SOON)
     patient = Listening(BoundedHttp)
@@ -237,10 +256,9 @@ def test_what_is_no_http_ends_the_connection(
         while more := connection.recv(65_536):
             told = told if status == 200 else told + more
     assert told.startswith(f"HTTP/1.1 {status} ".encode())
-    if head.startswith("HEAD"):
-        assert told.endswith(b"\r\n\r\n")
-    elif status == 400:
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["errors"][0]["code"] == 6003
+    if status == 400:
+        body = told.partition(b"\r\n\r\n")[2]
+        assert body == b"" if head.startswith("HEAD") else json.loads(body)["errors"][0]["code"] == 6003
     assert not [record for record in caplog.records if record.exc_info or record.levelno > logging.WARNING]
 
 
