@@ -26,6 +26,7 @@ CHAT_NOTES = {
     "composer.js": "what is typed, what goes with it, and the keys that send, stop and recall",
     "dom.js": "elements, icons, the clipboard and downloads",
     "header.js": "the bar above the conversation",
+    "keep.js": "the chat as a file that the page makes itself, where there is no kernel to make it",
     "menus.js": "menus of buttons, by click and by key",
     "notebook.js": "the notebook around the chat: its kernel's state, its cells and outputs",
     "store.js": "what a chat shows, from snapshots, turns and patches",
@@ -45,6 +46,8 @@ NOTES = {
     "constraints.txt": "the exact versions that are tested",
     "pyproject.toml": "packages, dependencies, and the settings of ruff, mypy and pytest",
     "examples/answer.png": "the picture above",
+    "examples/chat-dark.png": "a chat that compares, from the browser tests",
+    "examples/chat-light.png": "a chat, from the browser tests",
     "mistral_nb/server/static/playground.html": "the page that a browser gets from a server",
     "examples/quickstart.ipynb": "the first ten minutes, executed in the tests",
 }

@@ -45,6 +45,10 @@ MARKUP = {
     "escaped tag": "\\<script>window.hit=1\\</script>",
     "markup in markup": "**<b onmouseover=window.hit=1>** ~~<i>~~ # <img src=x onerror=window.hit=1>",
     "markup in a table": "|a|b|\n|-|-|\n|<img src=x onerror=window.hit=1>|`<script>|window.hit=1</script>`|",
+    "markup in a cell whose pipes are held": (
+        "|a|b|\n|-|-|\n|`|<img src=x onerror=window.hit=1>`|$x|</math><script>$|\x01|"
+    ),
+    "line end with a handler": "<br onclick=window.hit=1> <br/onclick=window.hit=1> <br><br /><BR\n/>",
     "markup in a heading": "# <svg/onload=window.hit=1>\n\n<svg/onload=window.hit=1>\n===",
     "markup in a list": "- <img src=x onerror=window.hit=1>\n  1. <script>window.hit=1</script>",
     "markup in a quote": "> <iframe onload=window.hit=1>\n>> <script>window.hit=1</script>",
@@ -180,6 +184,9 @@ FENCES = {
         "```&quot;&gt;&lt;img&#32;src=x\ncode\n```\n```constructor\ncode\n```\n```__proto__\nx\n```"
     ),
     "fence in a list": "- item\n  ```html\n  <script>window.hit=1</script>\nafter <script>window.hit=1</script>\n```",
+    "fence in a list with a hostile language": (
+        '- ```py" onclick="window.hit=1\n  x = 1\n  ```\n- ~~~\'><script>window.hit=1</script>\n  x\n  ~~~'
+    ),
     "fence in a quote": "> ```\n> <script>window.hit=1</script>\n<img src=x onerror=window.hit=1>\n",
     "mermaid": (
         '```mermaid\ngraph TD; A[<img src=x onerror=window.hit=1>] --> B; click A "javascript:window.hit=1"\n```'
@@ -281,5 +288,21 @@ SIGNS = (
         "\t",
         "```\n",
     ),
-    *("a\n", "a\n\n", "[a](", "[a][", "[a]: b\n", "](", "<http://a", "http://a.b/", "\u202e", "\u0300", "\U0001f600"),
+    *(
+        "a\n",
+        "a\n\n",
+        "[a](",
+        "[a][",
+        "[a]: b\n",
+        "](",
+        "<http://a",
+        "http://a.b/",
+        "`a|",
+        "|`\n|-|\n",
+        "<br",
+        "%",
+        "\u202e",
+        "\u0300",
+        "\U0001f600",
+    ),
 )

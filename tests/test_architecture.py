@@ -91,6 +91,7 @@ BESIDES = {
     ("mistral_nb.safe_markdown", "markdown_it"),
     ("mistral_nb.server.connections", "h11"),
     ("mistral_nb.chat.export", "markdown_it"),
+    ("mistral_nb.chat.references", "markdown_it"),
     ("mistral_nb.rendering.highlight", "pygments"),
     ("mistral_nb.rendering.mathml", "latex2mathml"),
     ("mistral_nb.rendering.parsing", "markdown_it"),

@@ -20,13 +20,17 @@ _TITLE = 60
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """What a step took away: the turns as they were, in their order, and the parents that others had before."""
+    """What a step took away: the turns as they were, in their order, and the parents that others had before.
+
+    `loaded` is what came in their place.
+    """
 
     why: str
     turns: tuple[Turn, ...]
     order: tuple[str, ...]
     parents: Mapping[str, str | None]
     head: str | None
+    loaded: Mapping[str, Turn]
 
 
 class Conversation:
@@ -188,7 +192,7 @@ class Conversation:
     def replace_with(self, other: Conversation) -> None:
         """Hold what `other` holds, in place of what is here; `undo` takes that back."""
         with other.steady():
-            turns, head = other.turns, other.head
+            turns, head = _settled(other.turns), other.head
         with self._lock:
             self._become("load", turns, head)
         self._tell("load")
@@ -196,22 +200,26 @@ class Conversation:
     def undo(self) -> str:
         """Take the last `delete`, `clear` or `replace_with` back, and say which it was. What was asked since stays.
 
-        Empty where there is nothing to take back. Turns that were loaded go when the loading is taken back, with what
-        was asked under them.
+        Empty where there is nothing to take back. Turns that were loaded go when the loading is taken back, but where
+        something was asked since.
         """
         with self._lock:
             if not self._taken:
                 return ""
             taken = self._taken.pop()
             old = {turn.id: turn for turn in taken.turns}
-            now = {} if taken.why == "load" else self._turns
-            both = {**old, **now}
-            ids = dict.fromkeys((*(name for name in taken.order if name in both), *now))
+            since = {
+                name: replace(turn, parent=old[name].parent) if name in old else turn
+                for name, turn in self._turns.items()
+                if turn != taken.loaded.get(name)
+            }
+            both = {**self._turns, **old, **since} if since else old
+            ids = dict.fromkeys((*(name for name in taken.order if name in both), *both))
             for child, parent in taken.parents.items():
                 both[child] = replace(both[child], parent=parent)
             self._turns = {name: both[name] for name in ids}
             self._index()
-            if self._head not in self._turns or not any(each.id in old for each in self._line(self._head)):
+            if not since or self._head not in self._turns or not any(each.id in old for each in self._line(self._head)):
                 self._head = taken.head
         self._tell("undo")
         return taken.why
@@ -333,14 +341,16 @@ class Conversation:
         for turn in self._turns.values():
             self._children.setdefault(turn.parent, []).append(turn.id)
 
-    def _take(self, why: str, turns: tuple[Turn, ...], parents: Mapping[str, str | None]) -> None:
+    def _take(
+        self, why: str, turns: tuple[Turn, ...], parents: Mapping[str, str | None], loaded: tuple[Turn, ...] = ()
+    ) -> None:
         """Note what is about to go. What is being written then counts as cancelled."""
-        settled = tuple(replace(turn, finish_reason="cancelled") if turn.running else turn for turn in turns)
-        self._taken.append(_Taken(why, settled, tuple(self._turns), parents, self._head))
+        now = {turn.id: turn for turn in loaded}
+        self._taken.append(_Taken(why, _settled(turns), tuple(self._turns), parents, self._head, now))
         del self._taken[:-MAX_UNDO]
 
     def _become(self, why: str, turns: tuple[Turn, ...], head: str | None) -> None:
-        self._take(why, self.turns, {})
+        self._take(why, self.turns, {}, turns)
         self._hold(turns, head)
 
     def _hold(self, turns: tuple[Turn, ...], head: str | None) -> None:
@@ -353,6 +363,10 @@ class Conversation:
             watchers = list(self._watchers)
         for callback in watchers:
             callback(why)
+
+
+def _settled(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, finish_reason="cancelled") if turn.running else turn for turn in turns)
 
 
 def _exchange(turn: Turn) -> tuple[Message, ...]:

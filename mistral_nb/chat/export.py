@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 from mistral_nb.chat.conversation import Conversation
+from mistral_nb.chat.references import definitions, own_references, with_definitions
 from mistral_nb.chat.turns import Turn, new_id
 from mistral_nb.safe_markdown import literal, plain_text, safe_markdown
 
@@ -39,14 +40,14 @@ _RAW_ELEMENT = re.compile("<(script|pre|style|textarea)", re.IGNORECASE)
 def to_markdown(conversation: Conversation) -> str:
     """Each question quoted, each answer as the model wrote it, but for control characters; what it left open is closed.
 
-    Turns that were compared with one of the path stand after it.
+    The labels of its link definitions are made its own. Turns that were compared with one of the path stand after it.
     """
     parts = [f"# {literal(conversation.title) or 'Chat'}"]
     for turns in conversation.shown:
-        parts.append(_question(turns[0], plain_text(turns[0].prompt)))
+        parts.append(_question(turns[0]))
         for each in turns:
             parts.append(f"**{_who(each)}**")
-            parts.append(closed(plain_text(each.answer).strip("\n")))
+            parts.append(closed(own_references(plain_text(each.answer).strip("\n"), str(len(parts)))))
             parts.append(_below(each))
         parts.append("---")
     return "\n\n".join(part for part in parts if part.strip()) + "\n"
@@ -56,7 +57,7 @@ def to_cells(conversation: Conversation) -> list[dict[str, Any]]:
     """Cells as nbformat 4.5 has them. Markdown in them is safe to show; Python code is in code cells, and not run."""
     cells = []
     for turns in conversation.shown:
-        cells.append(_cell("markdown", _question(turns[0], safe_markdown(turns[0].prompt)), turns[0], "question"))
+        cells.append(_cell("markdown", _question(turns[0]), turns[0], "question"))
         for each in turns:
             cells.extend(_answer_cells(each))
     return cells
@@ -137,8 +138,8 @@ def _parser(inline: bool = False) -> MarkdownIt:
     return parser
 
 
-def _question(turn: Turn, prompt: str) -> str:
-    quoted = "\n".join(f"> {line}".rstrip() for line in prompt.strip("\n").split("\n"))
+def _question(turn: Turn) -> str:
+    quoted = "\n".join(f"> {line}".rstrip() for line in safe_markdown(turn.prompt).strip("\n").split("\n"))
     names = ", ".join(f"{each.kind} {literal(each.name)}" for each in turn.attachments)
     return f"**You**\n\n{quoted}" + (f"\n\n*Attached: {names}*" if names else "")
 
@@ -179,22 +180,22 @@ def _answer_cells(turn: Turn) -> Iterator[dict[str, Any]]:
 
 def _pieces(answer: str) -> Iterator[tuple[str, str]]:
     """An answer as ("markdown", safe text) and ("code", Python code), in order."""
-    lines = answer.split("\n")
+    lines, defined = answer.split("\n"), definitions(answer)
     at = 0
     for token in _parser().parse(answer):
         words = token.info.lower().split() if token.type == "fence" and token.level == 0 else []
         if words and words[0] in _PYTHON and token.content.strip():
             assert token.map
-            yield from _prose(lines[at : token.map[0]])
+            yield from _prose(lines[at : token.map[0]], defined)
             yield "code", token.content.rstrip("\n")
             at = token.map[1]
-    yield from _prose(lines[at:])
+    yield from _prose(lines[at:], defined)
 
 
-def _prose(lines: list[str]) -> Iterator[tuple[str, str]]:
+def _prose(lines: list[str], defined: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     text = "\n".join(lines).strip("\n")
     if text.strip():
-        yield "markdown", safe_markdown(text)
+        yield "markdown", safe_markdown(with_definitions(text, defined))
 
 
 def _cell(kind: str, source: str, turn: Turn | None = None, part: str = "") -> dict[str, Any]:

@@ -50,7 +50,7 @@ def from_json(text: str) -> Conversation:
     """What `to_json` wrote; an answer that was being written counts as cancelled. `ChatError` says what is wrong."""
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(data, ensure_ascii=False).encode()
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
         return _read(data)
     except (ValueError, RecursionError) as error:
         problem = f"this is no JSON of a conversation: {_problem(error)}"
@@ -234,13 +234,15 @@ def write_text(path: Path, text: str) -> None:
     try:
         target = path.resolve()
         staged = target.with_name(f".{target.name[:64]}-{new_id()}.part")
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666
-        handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        mode = target.stat().st_mode & 0o777 if target.exists() else None
+        handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
         try:
             with open(handle, "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            if mode is not None:
+                staged.chmod(mode)  # the umask took from it
             os.replace(staged, target)
         except BaseException:
             staged.unlink(missing_ok=True)

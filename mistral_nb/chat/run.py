@@ -25,8 +25,8 @@ _LOG = logging.getLogger(__name__)
 class Run:
     """The answer of one turn, which is `asked` as it was and `turn` as it is. Calls `on_end` at its end.
 
-    `done` is set after that; `result` and `error` are then what it left.
-    It ends at once where it is cancelled: what the peer says after that is not heard.
+    `left_out` is how many of the oldest turns are known not to fit. `done` is set after the end; `result` and `error`
+    are then what it left. It ends at once where it is cancelled: what the peer says after that is not heard.
     """
 
     def __init__(
@@ -36,10 +36,12 @@ class Run:
         settings: Callable[[], Settings],
         events: Events,
         on_end: Callable[[Run, TurnEnded], None],
+        left_out: int = 0,
     ) -> None:
         self.asked = turn
         self.turn = turn
         self.turn_id = turn.id
+        self.begun = False
         self.done = threading.Event()
         self.result: Result | None = None
         self.error: MistralError | None = None
@@ -47,12 +49,14 @@ class Run:
         self._settings = settings
         self._events = events
         self._on_end = on_end
+        self._known = left_out
         self._lock = threading.RLock()
         self._answer: Answer | None = None
         self._text = ""
 
     def run(self) -> None:
         """Ask and read to the end, in a thread of its own."""
+        self.begun = True
         try:
             self._read()
         except MistralError as error:
@@ -77,7 +81,9 @@ class Run:
 
         choice = self.turn.choice
         backend = resolve(self._settings(), backend=choice.backend, model=choice.model).backend
-        left_out = 0
+        left_out = self._known
+        if left_out:
+            self._leave_out(left_out)
         while not self.done.is_set():
             request = GenerationRequest(messages=self._conversation.asking(self.turn_id, left_out), **choice.fields)
             try:

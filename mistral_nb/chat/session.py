@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from mistral_nb.answer import Result
 from mistral_nb.chat.conversation import Conversation
@@ -43,6 +45,7 @@ class ChatSession:
         self._lock = threading.RLock()
         self._quiet = threading.Condition(self._lock)
         self._running: dict[str, Run] = {}
+        self._asked: set[str] = set()  # since the turns were last rearranged
         self._events = Events()
         self.conversation.watch(self._rearranged)
 
@@ -96,17 +99,16 @@ class ChatSession:
                 return self.regenerate(turn_id)
             self._check_idle()
             place = [each.id for each in self.conversation.compared(turn_id)].index(turn_id)
-            started = self.conversation.change(
-                turn_id,
-                choice=self._choices_for(turn)[place],
-                finish_reason=None,
-                error=None,
-                footer="",
-                served=None,
-                left_out=0,
-                asked_at=now(),
-            )
-            return _turns(self._start((started,)))
+            again: dict[str, Any] = {
+                "choice": self._choices_for(turn)[place],
+                "finish_reason": None,
+                "error": None,
+                "footer": "",
+                "served": None,
+                "left_out": 0,
+                "asked_at": now(),
+            }
+            return _turns(self._start((replace(turn, **again),), lambda: self.conversation.change(turn_id, **again)))
 
     def stop(self, turn_id: str | None = None) -> None:
         """End the answer of a turn, or all, at once. The text so far stays, and the finish reason is "cancelled"."""
@@ -194,14 +196,32 @@ class ChatSession:
             )
             for choice in choices
         )
-        self.conversation.add(*turns)
-        return self._start(turns)
+        return self._start(turns, lambda: self.conversation.add(*turns))
 
-    def _start(self, turns: Sequence[Turn]) -> tuple[Run, ...]:
+    def _start(self, turns: Sequence[Turn], put: Callable[[], object]) -> tuple[Run, ...]:
+        """Have turns answered that `put` puts into the conversation. Where that is interrupted, they end.
+
+        But for those whose thread runs: they end by themselves, and may wait for the lock that is held here.
+        """
+        try:
+            put()
+            return self._run(turns)
+        except BaseException:
+            for turn in turns:
+                run = self._running.get(turn.id)
+                if run is None:
+                    self.conversation.write(turn.id, finish_reason="cancelled")
+                elif not run.begun:
+                    run.cancel()
+            raise
+
+    def _run(self, turns: Sequence[Turn]) -> tuple[Run, ...]:
         runs = []
         for turn in turns:
-            run = Run(turn, self.conversation, self._settings, self._events, self._ended)
+            left_out = self._left_out(turn)
+            run = Run(turn, self.conversation, self._settings, self._events, self._ended, left_out)
             self._running[turn.id] = run
+            self._asked.add(turn.id)
             self._events.put(TurnStarted(turn))
             runs.append(run)
         for run in runs:
@@ -210,6 +230,15 @@ class ChatSession:
             except RuntimeError as error:
                 run.fail(MistralError(f"no thread to ask in: {error}. Ask again"))
         return tuple(runs)
+
+    def _left_out(self, turn: Turn) -> int:
+        """How many turns did not fit before the one that this follows, where the same model answered that."""
+        with self.conversation.steady():
+            if turn.parent not in self._asked or turn.parent not in self.conversation:
+                return 0
+            before = self.conversation.turn(turn.parent)
+        same = (before.choice.backend, before.choice.model) == (turn.choice.backend, turn.choice.model)
+        return before.left_out if same and before.answer.strip() else 0
 
     def _check_idle(self) -> None:
         if self._running:
@@ -225,6 +254,8 @@ class ChatSession:
     def _rearranged(self, why: str) -> None:
         """An answer whose turn is gone, or is another one of that id by now, ends."""
         with self._lock:
+            if why != "select":
+                self._asked.clear()
             gone = [run for run in self._running.values() if not self.conversation.is_running(run.turn_id)]
         for run in gone:
             run.cancel()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mistral_nb.rendering.highlight import marks
-from mistral_nb.rendering.markup import code_of, markup
+from mistral_nb.rendering.markup import code_of, language_of, markup
 from mistral_nb.rendering.parsing import parse
 from mistral_nb.rendering.signs import clean
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-__all__ = ["Block", "block_of", "blocks", "groups", "language_of"]
-
-_LANGUAGE = re.compile(r"[A-Za-z0-9_+#.-]{1,30}")
+__all__ = ["Block", "block_of", "blocks", "groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +51,3 @@ def block_of(group: Sequence[Token]) -> Block:
         return Block("html", markup(group))
     code, language = code_of(first), language_of(first.info)
     return Block("code", code, language, marks(code, language))
-
-
-def language_of(info: str) -> str:
-    """The language that the first word after a fence names, if it is one plain word."""
-    words = info.split()
-    return words[0] if words and _LANGUAGE.fullmatch(words[0]) else ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mistral_nb.rendering.blocks import Block, language_of
+from mistral_nb.rendering.blocks import Block
 from mistral_nb.rendering.highlight import marks
+from mistral_nb.rendering.markup import language_of
 from mistral_nb.rendering.signs import visible
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def is_closed(token: Token, last_line: str) -> bool:
 
 def _closes(line: str, markup: str) -> bool:
     sign = line.strip(" \t")
-    return set(sign) == {markup[0]} and len(sign) >= len(markup) and len(line) - len(line.lstrip(" ")) < 4
+    indent = len(line.expandtabs(4)) - len(line.expandtabs(4).lstrip(" "))
+    return set(sign) == {markup[0]} and len(sign) >= len(markup) and indent < 4
 
 
 class OpenFence:

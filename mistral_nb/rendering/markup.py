@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mistral_nb.rendering.highlight import marks
 from mistral_nb.rendering.links import allowed, bare_links, other_host
 from mistral_nb.rendering.mathml import mathml
 from mistral_nb.rendering.signs import attribute, escape, visible
@@ -13,7 +14,7 @@ from mistral_nb.rendering.signs import attribute, escape, visible
 if TYPE_CHECKING:
     from markdown_it.token import Token
 
-__all__ = ["ALIGNMENTS", "ELEMENTS", "LINK", "code_of", "markup"]
+__all__ = ["ALIGNMENTS", "ELEMENTS", "LINK", "code_of", "language_of", "markup"]
 
 LINK = ' rel="noopener noreferrer nofollow" target="_blank"'
 ALIGNMENTS = frozenset(("text-align:left", "text-align:right", "text-align:center"))
@@ -26,12 +27,19 @@ _PAIRS = {
 _HEADINGS = {"h1": "h3", "h2": "h4", "h3": "h5", "h4": "h6", "h5": "h6", "h6": "h6"}
 ELEMENTS = frozenset((*_PAIRS.values(), *_HEADINGS.values(), "a", "br", "code", "hr", "pre", "span"))
 _BOXES = {"[ ] ": "\u2610 ", "[x] ": "\u2611 ", "[X] ": "\u2611 "}
+_LANGUAGE = re.compile(r"[A-Za-z0-9_+#.-]{1,30}")
 _CLOSING_SIGNS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 
 
 def code_of(token: Token) -> str:
     """The code of a fence or of indented lines, without its last line end."""
     return visible(token.content.removesuffix("\n"))
+
+
+def language_of(info: str) -> str:
+    """The language that the first word after a fence names, if it is one plain word."""
+    words = info.split()
+    return words[0] if words and _LANGUAGE.fullmatch(words[0]) else ""
 
 
 def markup(tokens: Sequence[Token]) -> str:
@@ -68,7 +76,7 @@ class _Writer:
             tag = _HEADINGS[token.tag] if name == "heading" else _PAIRS[name]
             self.out.append(f"</{tag}>" if way == "close" else f"<{tag}{_attributes(token)}>")
         elif token.type in ("fence", "code_block"):
-            self.out.append(f"<pre><code>{escape(token.content.removesuffix(chr(10)))}</code></pre>")
+            self.out.append(_code(token))
         elif token.type == "hr":
             self.out.append("<hr>")
         elif token.type == "math_block":
@@ -143,6 +151,15 @@ def _attributes(token: Token) -> str:
         return f' start="{int(token.attrs["start"])}"'
     style = token.attrs.get("style") if token.type in ("th_open", "td_open") else None
     return f' style="{style}"' if style in ALIGNMENTS else ""
+
+
+def _code(token: Token) -> str:
+    """Code inside of another block; it is highlighted once its fence is closed."""
+    code, language = code_of(token), language_of(token.info)
+    named = f' lang="{language}"' if language else ""
+    runs = "" if token.meta.get("open") else marks(code, language)
+    coloured = f' data-marks="{runs}"' if runs else ""
+    return f"<pre{named}{coloured}><code>{escape(code)}</code></pre>"
 
 
 def _display(token: Token) -> str:

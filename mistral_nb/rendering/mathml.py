@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from mistral_nb.rendering.signs import escape
@@ -54,6 +55,8 @@ _VALUES = {
     "columnlines": _LINES,
 }
 _LETTER = re.compile("(?:LATIN|GREEK) (SMALL|CAPITAL) LETTER ([A-Z]+)|(DIGIT [A-Z]+)")
+_BRACKETS = frozenset("()[]{}")
+THIN_SPACE = '<mspace width="0.167em"></mspace>'
 _LENGTHS = frozenset(("width", "height", "depth", "lspace", "rspace", "voffset", "minsize", "maxsize"))
 # Environments that the converter does not know, as ones that it does; None: as nothing but what is inside.
 _ENVIRONMENTS = {
@@ -63,6 +66,11 @@ _ENVIRONMENTS = {
     **{f"{kind}matrix": f"{kind}matrix" for kind in ("", "p", "b", "B", "v", "V")},
 }
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([^{}]*)\}")
+_PERCENT = re.compile(r"(\\(?:text[a-z]*|mbox)\s*\{[^{}]*\})|(?<!\\)((?:\\\\)*)%")
+_UNNUMBERED = re.compile(r"\\(?:(?:nonumber|notag)(?![a-zA-Z])|label\s*\{[^{}]*\})")
+_ARG = re.compile(r"\\arg(?![a-zA-Z])")
+_ROWS = re.compile(r"\\begin\b|\\end\b|\\\\|\\.|[{}&]", re.DOTALL)
+_ROW_GAP = re.compile(r"(\\\\)\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]")
 _NESTS = re.compile(r"\\left(?![a-z])|\\begin\b|(?<!\\)\{|\\right(?![a-z])|\\end\b|(?<!\\)\}")
 
 
@@ -74,21 +82,40 @@ def mathml(tex: str, *, display: bool = False) -> str | None:
     from latex2mathml.converter import convert_to_element
 
     try:
-        root = convert_to_element(_known(tex), display="block" if display else "inline")
+        root = convert_to_element(_known(tex, display=display), display="block" if display else "inline")
         written = "".join(write(root))
     except Exception:  # the converter raises whatever a broken formula leads it to, up to RecursionError
         return None
     return written if len(written) < 1000 + MAX_GROWTH * len(tex) else None
 
 
-def _known(tex: str) -> str:
-    """The formula with the environments of the converter. KeyError for one that is not known."""
+def _known(tex: str, *, display: bool) -> str:
+    """The formula in what the converter knows. KeyError for an environment that it does not know."""
 
     def other(match: re.Match[str]) -> str:
         name = _ENVIRONMENTS[match[2]]
         return f"\\{match[1]}{{{name}}}" if name else ""
 
-    return _ENVIRONMENT.sub(other, tex)
+    tex = _PERCENT.sub(_percent, tex)  # the converter takes % for a comment
+    tex = _ENVIRONMENT.sub(other, _ARG.sub(r"\\operatorname{arg}", _UNNUMBERED.sub("", _ROW_GAP.sub(r"\1", tex))))
+    return rf"\begin{{align*}}{tex}\end{{align*}}" if display and _has_rows(tex) else tex
+
+
+def _percent(match: re.Match[str]) -> str:
+    return match[1].replace(r"\%", "%") if match[1] else rf"{match[2]}\%"
+
+
+def _has_rows(tex: str) -> bool:
+    """Whether lines or columns of it end outside of braces and environments."""
+    depth = 0
+    for sign in _ROWS.findall(tex):
+        if sign in ("{", "\\begin"):
+            depth += 1
+        elif sign in ("}", "\\end"):
+            depth -= 1
+        elif depth == 0 and sign in ("\\\\", "&"):
+            return True
+    return False
 
 
 def _depth(tex: str) -> int:
@@ -104,6 +131,14 @@ def write(element: Element) -> Iterator[str]:
     name, children = element.tag, list(element)
     if name not in ELEMENTS or len(children) != _CHILDREN.get(name, len(children)):
         raise ValueError(f"a formula with <{name}> of {len(children)}")
+    if (element.text or "").startswith("\\") and element.text != "\\":
+        raise ValueError(f"a formula with {element.text}, which the converter does not know")
+    if name == "mrow" and len(children) == 1 and not element.attrib and not (element.text or children[0].tail):
+        yield from write(children[0])
+        return
+    if name == "mo" and element.attrib == {"stretchy": "false"} and _text(element.text or "") in _BRACKETS:
+        yield f"<mi>{_text(element.text or '')}</mi>"  # looks the same, in a third of the room
+        return
     if name == "mrow" and len(children) > 1 and all(map(_is_upright, children)):
         yield f"<mi>{_text(''.join(child.text or '' for child in children))}</mi>"
         return
@@ -112,10 +147,18 @@ def write(element: Element) -> Iterator[str]:
     yield _text(_styled(html.unescape(element.text or ""), variant))
     if name == "math" and len(children) == 1 and children[0].tag == "mrow" and not children[0].attrib:
         children = list(children[0])
-    for child in children:
+    for child, following in zip_longest(children, children[1:]):
         yield from write(child)
         yield _text(child.tail or "")
+        if following is not None and following.tag != "mo" and name not in _CHILDREN and _is_function(child):
+            yield THIN_SPACE
     yield f"</{name}>"
+
+
+def _is_function(element: Element) -> bool:
+    """Whether it is a name such as that of `\\ln`, with its indices: what it is applied to stands off from it."""
+    base = element[0] if element.tag in ("msub", "msup", "msubsup", "munder") and len(element) else element
+    return base.tag == "mi" and len(base.text or "") > 1 and str(base.text).isalpha()
 
 
 def _text(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_block.table import table as table_rule
+from markdown_it.rules_inline.emphasis import tokenize as emphasis_rule
 from markdown_it.rules_inline.image import image as image_rule
 from markdown_it.rules_inline.link import link as link_rule
 
@@ -43,6 +44,16 @@ _ENDS = {
 }
 _ENVIRONMENT = re.compile(r"\\begin\{((?:align|equation|gather|multline)\*?)\}")
 _BRACKETS = re.compile(r"[\[\]]+")
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+# Letters and signs of scripts that put no spaces between words.
+_WIDE = re.compile("[\u1100-\u11ff\u2e80-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef]")
+# Code and formulas on one line, in which a `|` ends no cell of a table; an escape begins neither.
+_WHOLE = re.compile(
+    r"\\\((?:(?!\\[()]).)*\\\)|\\.|(?<!`)(`+)[^`\n]+\1(?!`)"
+    r"|(?<!\$)\$(?![\s$|])[^$\n]*(?<!\|)" + CLOSE_DOLLAR.pattern
+)
+_PIPE = re.compile(r"(?<!\\)\|")
+_HELD = "\x01"  # a `|` in them, while a table is cut into cells; no control character is left in a cleaned text
 _AFTER = re.compile(r"[ \t]*[.,;:]?[ \t]*")
 
 
@@ -71,6 +82,8 @@ def _parser() -> MarkdownIt:
     )
     parser.block.ruler.before("table", "deep", _deep)
     parser.inline.ruler.before("escape", "math_inline", _inline_formula)
+    parser.inline.ruler.at("emphasis", _emphasis)
+    parser.inline.ruler.before("autolink", "break", _break)
     parser.inline.ruler.at("link", _link)
     parser.inline.ruler.at("image", _image)
     parser.core.ruler.at("inline", _inline)
@@ -94,7 +107,15 @@ def _deep(state: StateBlock, start: int, end: int, silent: bool) -> bool:
 def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
     if start + 1 < end and state.src.count("|", state.bMarks[start + 1], state.eMarks[start + 1]) > MAX_COLUMNS:
         return False
-    return table_rule(state, start, end, silent)
+    source, first = state.src, len(state.tokens)
+    if "held" not in state.env:
+        state.env["held"] = _WHOLE.sub(lambda match: _PIPE.sub(_HELD, match[0]), source)
+    state.src = state.env["held"]
+    found = table_rule(state, start, end, silent)
+    state.src = source
+    for token in state.tokens[first:]:
+        token.content = token.content.replace(_HELD, "|")
+    return found
 
 
 def _display(state: StateBlock, start: int, end: int, silent: bool) -> bool:
@@ -178,6 +199,30 @@ def _formula_end(state: StateInline, begin: int, closing: str) -> int | None:
     return match.start() if match and match.start() > begin else None
 
 
+def _emphasis(state: StateInline, silent: bool) -> bool:
+    """Stars beside a letter of a script without spaces open and close, whatever signs they enclose."""
+    start, first = state.pos, len(state.delimiters)
+    if not emphasis_rule(state, silent):
+        return False
+    before, after = state.src[max(0, start - 1) : start], state.src[state.pos : state.pos + 1]
+    if state.src[start] == "*" and before.strip() and after.strip():
+        for delimiter in state.delimiters[first:]:
+            delimiter.open = delimiter.open or bool(_WIDE.match(before))
+            delimiter.close = delimiter.close or bool(_WIDE.match(after))
+    return True
+
+
+def _break(state: StateInline, silent: bool) -> bool:
+    """`<br>`, the one way to write a line end into a cell of a table."""
+    match = _BREAK.match(state.src, state.pos, state.posMax)
+    if not match:
+        return False
+    if not silent:
+        state.push("hardbreak", "br", 0)
+    state.pos = match.end()
+    return True
+
+
 def _link(state: StateInline, silent: bool) -> bool:
     if state.env["no_links"]:
         return _brackets(state, silent)
@@ -200,8 +245,11 @@ def _brackets(state: StateInline, silent: bool) -> bool:
 
 
 def _inline(state: StateCore) -> None:
+    end = state.src.rstrip("\n").count("\n") + 1 if state.env["growing"] else None
     for token in state.tokens:
-        if token.type == "inline":
+        if token.type == "fence":
+            token.meta = {"open": bool(end and token.map and token.map[1] >= end)}
+        elif token.type == "inline":
             token.children = []
             for part in _parts(token.content):
                 state.env["no_links"] = "]" not in part or part.count("[") > MAX_BRACKETS

@@ -124,15 +124,6 @@ class Notebook:
         """Until the notebook's document has it: in the output that the live chat hides."""
         expect(self.cell().locator(".jp-OutputArea-child").nth(1)).to_contain_text(text)
 
-    def remove_cells(self) -> None:
-        """Cut all cells but the first two of code."""
-        cells = self.page.locator(".jp-Notebook .jp-Cell")
-        while cells.count() > 2:
-            count = cells.count()
-            cells.nth(1).locator(".jp-InputPrompt").click()
-            self.page.keyboard.press("x")
-            expect(cells).to_have_count(count - 1)
-
     def save(self) -> nbformat.NotebookNode:
         """Save with Ctrl+S and read the file once it is new."""
         before = self.path.stat().st_mtime_ns

@@ -53,9 +53,8 @@ def test_an_answer_streams(notebook: Notebook, teller: Teller) -> None:
     chat.root.evaluate(FIRST_TEXT)
     chat.ask("Write two parts.")
     expect(chat.answer(0)).to_have_text("The first part")
-    print(
-        f"first text {notebook.page.evaluate('firstText') - said[0]:.0f} ms after the first token [{notebook.front_end}]"
-    )
+    late = notebook.page.evaluate("firstText") - said[0]
+    print(f"first text {late:.0f} ms after the first token [{notebook.front_end}]")
     expect(chat.prompt(0)).to_have_text("Write two parts.")
     expect(chat.area).to_have_value("")
     expect(chat.area).to_be_focused()
@@ -198,7 +197,8 @@ def test_two_answers_side_by_side(notebook: Notebook, teller: Teller) -> None:
     chat.ask_done("Compare")
     assert {chat.answer(0, side).inner_text() for side in (0, 1)} == {"The one answer.", "The other answer."}
     left, right = (chat.answer(0, side).bounding_box() for side in (0, 1))
-    assert left and right
+    assert left
+    assert right
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
     expect(chat.turns.nth(0).locator(".mnb-side-who").nth(0)).to_contain_text("v0.2")
@@ -225,12 +225,13 @@ def test_export(notebook: Notebook, teller: Teller) -> None:
             assert json.loads(text)
     cells = notebook.page.locator(".jp-Notebook .jp-Cell")
     before = cells.count()
+    other_tab = "{'type': 'cells', 'cells': chat.conversation.to_cells(), 'ref': 1}"
+    notebook.run(f"chat.widget.children[0].send({other_tab})", cell=1)
     chat.button("Export").click()
     chat.root.get_by_role("menuitem", name="New cells below").click()
     expect(notebook.cell(1)).to_contain_text("print('exported')")
     assert cells.count() > before
-    expect(notebook.page.locator(".jp-MarkdownCell").first).to_contain_text("Some code")
-    notebook.remove_cells()
+    expect(notebook.page.locator(".jp-MarkdownCell", has_text="Some code")).to_have_count(1)
 
 
 def test_names_and_attachments(notebook: Notebook, teller: Teller) -> None:

@@ -47,7 +47,8 @@ OUT_OF_PLACE = """() => {
         const name = turn.querySelector(".mnb-prompt").textContent;
         if (box.top < bottom - 1) found.push([name, "over the turn before"]);
         if (box.left < log.left - 1 || box.right > log.right + 1) found.push([name, "wider than the chat"]);
-        if (getComputedStyle(turn.querySelector(".mnb-prompt")).direction !== "ltr") found.push([name, "turned around"]);
+        const {direction} = getComputedStyle(turn.querySelector(".mnb-prompt"));
+        if (direction !== "ltr") found.push([name, "turned around"]);
         for (const node of turn.querySelectorAll(".mnb-answer *")) {
             const {position} = getComputedStyle(node);
             if (position === "fixed" || position === "sticky") found.push([name, position]);
@@ -62,6 +63,7 @@ ACTIVE = """() => [...document.querySelectorAll(".mnb-answer *")].filter(node =>
     || [...node.attributes].some(({name, value}) => /^on/.test(name) || name === "id"
         || /href|src/.test(name) && !/^(https?|mailto|ftp):/i.test(value))
 ).map(node => node.outerHTML.slice(0, 200))"""
+RAW = "markup => document.querySelector('.mnb-answer').insertAdjacentHTML('beforeend', markup)"
 
 
 def pieces(text: str) -> list[str]:
@@ -121,6 +123,10 @@ def test_nothing_that_a_model_writes_acts_or_breaks_the_page(own: Notebook, tell
     expect(last).to_have_text("All is well.")
     expect(last).to_be_in_viewport()
     check(own, chat, happened, shape)
+    own.page.evaluate(RAW, "<img src=http://127.0.0.1:9/x onerror='window.hit = 1'>")
+    own.page.wait_for_function("window.hit === 1")
+    assert own.page.evaluate(ACTIVE) != []
+    assert happened != [], "what acts is seen"
 
 
 def test_what_is_saved_of_it_does_not_act_either(own: Notebook, teller: Teller) -> None:

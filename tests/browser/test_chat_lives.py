@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.chat_page import ChatPage
+from mistral_nb.chat import Conversation
 from tests.browser.conftest import opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from tests.browser.chat_page import Notebook, Teller
+    from tests.browser.chat_page import ChatPage, Notebook, Teller
     from tests.browser.conftest import Lab
 
 pytestmark = pytest.mark.browser
@@ -36,6 +36,13 @@ def transcript(book: Any) -> str:
     _, saved = book.cells[0].outputs
     assert saved.metadata["mistral_nb"] == {"transcript": True}
     return str(saved.data["text/markdown"])
+
+
+def exported(chat: ChatPage, label: str) -> str:
+    chat.button("Export").click()
+    with chat.page.expect_download() as download:
+        chat.root.get_by_role("menuitem", name=label).click()
+    return Path(download.value.path()).read_text()
 
 
 def test_a_chat_outlives_its_page_and_its_transcript_its_kernel(own: Notebook, teller: Teller) -> None:
@@ -63,6 +70,13 @@ def test_a_chat_outlives_its_page_and_its_transcript_its_kernel(own: Notebook, t
     expect(chat.area).to_be_disabled()
     expect(chat.answer(1)).to_have_text("The second answer.")
     expect(own.cell().locator(".jp-OutputArea-child:visible")).to_have_count(1)
+    expect(chat.line).to_contain_text("Running this cell starts an empty chat: export this one first.")
+    assert "The *first* answer." in exported(chat, "Markdown file")
+    kept = Conversation.from_json(exported(chat, "JSON file"))
+    assert [(turn.prompt, turn.answer) for turn in kept] == [
+        ("First question", "The first answer."),
+        ("Second question", "The second answer."),
+    ]
 
     own.end_kernel()
     own.go()
@@ -90,9 +104,7 @@ def test_an_answer_goes_on_while_the_page_is_loaded_again(own: Notebook, teller:
     expect(chat.footer(0)).to_contain_text("cancelled")
 
 
-def test_the_embedded_model_answers_in_a_chat(
-    lab: Lab, browser: Browser, teller: Teller, embedded: Path
-) -> None:
+def test_the_embedded_model_answers_in_a_chat(lab: Lab, browser: Browser, teller: Teller, embedded: Path) -> None:
     """In a notebook that knows the account too: the chat says whom it asks."""
     with opened(lab, browser, "lab", "embedded", teller) as own:
         chat = own.chat("backend='local', model='embedded', temperature=0, max_tokens=400")

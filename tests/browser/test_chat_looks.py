@@ -52,7 +52,7 @@ COMPARED = (
     "A generator is a function whose `yield` hands out one value at a time:\n\n"
     "```python\ndef squares(n: int):\n    for i in range(n):\n        yield i * i\n```\n",
     "It is an iterator that is written like a function and keeps its place between values.\n\n"
-    "```python\nlines = (line.strip() for line in open('notes.txt'))\nfirst = next(lines)\n```\n",
+    "```python\nlines = (line for line in open(name))\nfirst = next(lines)\n```\n",
 )
 
 
@@ -107,7 +107,9 @@ def brightness(chat: ChatPage, selector: str, style: str) -> float:
     return (red + green + blue) / 3
 
 
-def test_everything_can_be_seen_and_named_in_both_themes(own: Notebook, teller: Teller, theme: str, shoot: Shoot) -> None:
+def test_everything_can_be_seen_and_named_in_both_themes(
+    own: Notebook, teller: Teller, theme: str, shoot: Shoot
+) -> None:
     chat = own.chat("temperature=0.3")
     teller.play(*slowly(ANSWER), usage(96), DONE)
     chat.ask_done("How fast do the harmonic numbers grow?")
@@ -188,7 +190,8 @@ def test_a_narrow_column(own: Notebook, teller: Teller, shoot: Shoot) -> None:
         assert outer["x"] <= box["x"]
         assert box["x"] + box["width"] <= outer["x"] + outer["width"]
     left, right = (chat.answer(0, side).bounding_box() for side in (0, 1))
-    assert left and right
+    assert left
+    assert right
     assert left["y"] + left["height"] <= right["y"], "what is compared stands below one another"
     chat.button("Export").click()
     menu = chat.root.get_by_role("menu", name="Export").bounding_box()

@@ -21,12 +21,22 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 LONG = 50_000
-TURNS = """from mistral_nb.chat import Choice, Conversation, Turn
-answer = "Some **prose** with `code` and a [link](https://example.org).\\n\\n- one\\n- two\\n\\n```python\\nfor i in range(3):\\n    print(i)\\n```\\n"
+ANSWER = """Some **prose** with `code` and a [link](https://example.org).
+
+- one
+- two
+
+```python
+for i in range(3):
+    print(i)
+```
+"""
+TURNS = f"""from mistral_nb.chat import Choice, Conversation, Turn
 conversation = Conversation()
 for number in range(100):
     parent = str(number - 1) if number else None
-    conversation.add(Turn(str(number), parent, f"Question {number}", Choice(), answer=answer, finish_reason="stop", footer="scripted"))"""
+    turn = Turn(str(number), parent, f"Question {{number}}", Choice(), answer={ANSWER!r}, finish_reason="stop")
+    conversation.add(turn)"""
 # Milliseconds between frames, and from a key to the frame that shows it, until `measured` is called.
 MEASURE = """() => {
     const frames = [], keys = [];

@@ -57,6 +57,39 @@ def test_it_goes_on_until_it_fits(session: ChatSession, peer: Peer) -> None:
     assert session.conversation.turn(turn.id).left_out == 3
 
 
+def test_the_next_question_leaves_out_the_same_at_once(session: ChatSession, heard: Heard, peer: Peer) -> None:
+    filled(session, 3)
+    session.choice = CLOUD.with_fields(max_tokens=1)
+    peer.scripts = [too_long(9, 8), says("ok")]
+    session.ask("first")
+    session.ask("second")
+    assert questions(peer)[1:] == [["q1", "q2", "first"], ["q1", "q2", "first", "second"]]
+    assert [turn.left_out for turn in session.conversation][3:] == [1, 1]
+    assert session.wait(PATIENCE)
+    told = "The context is full: leaving out the oldest turn"
+    assert [event.status for event in heard.of(StatusSaid)] == [told, told]
+    session.choice = replace(session.choice, model="@cf/another/model")
+    session.ask("third")
+    assert questions(peer)[-1][0] == "q0"
+
+
+def test_after_a_deletion_what_fits_is_found_anew(session: ChatSession, peer: Peer) -> None:
+    """What was left out may be what was deleted; and a question too long for any context says nothing of the next."""
+    filled(session, 2)
+    session.choice = CLOUD.with_fields(max_tokens=1)
+    peer.scripts = [too_long(9, 8), says("ok")]
+    session.ask("first")
+    session.conversation.delete("t0")
+    session.ask("second")
+    assert questions(peer)[-1] == ["q1", "first", "second"]
+    peer.scripts = [too_long(5000, 1000)]
+    with pytest.raises(ContextOverflow):
+        session.ask("too much")
+    peer.scripts = [says("ok")]
+    session.ask("last")
+    assert questions(peer)[-1] == ["q1", "first", "second", "last"]
+
+
 def test_only_a_question_that_does_not_fit_alone_is_an_error(session: ChatSession, peer: Peer) -> None:
     filled(session, 2)
     peer.scripts = [too_long(5000, 1000)]

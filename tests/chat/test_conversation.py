@@ -142,6 +142,44 @@ def test_loading_is_taken_back_too(branched: Conversation) -> None:
     assert (branched.turns, branched.head) == (before, "d")
 
 
+def test_what_was_asked_since_a_load_stays_when_that_is_taken_back(branched: Conversation) -> None:
+    before = branched.turns
+    branched.replace_with(tree(turn("x")))
+    branched.add(turn("y", "x"))
+    assert branched.undo() == "load"
+    assert (names(branched), names(branched.turns)) == (["a", "b2", "d"], ["a", "b", "c", "b2", "d", "x", "y"])
+    branched.select("x")
+    assert names(branched) == ["x", "y"]
+    assert {each.id: each for each in branched.turns}.items() >= {each.id: each for each in before}.items()
+
+
+def test_a_load_of_what_was_saved_earlier_is_taken_back_as_it_was() -> None:
+    """Also where a turn was deleted since it was saved, and one is asked again in its place."""
+    conversation = tree(turn("a"), turn("b", "a"), turn("c", "b"), turn("d", "c", answer="", finish_reason="error"))
+    saved = Conversation.from_json(conversation.to_json())
+    conversation.delete("b")
+    conversation.select("c")
+    conversation.replace_with(saved)
+    conversation.select("b")
+    conversation.undo()
+    assert names(conversation) == names(conversation.turns) == ["a", "c", "d"]
+    conversation.replace_with(saved)
+    conversation.change("d", answer="at last", finish_reason="stop")
+    conversation.add(turn("e", "b"))
+    assert conversation.undo() == "load"
+    _check(conversation)
+    assert {each.id: each.parent for each in conversation.turns} == {"a": None, "c": "a", "d": "c", "b": "a", "e": "b"}
+    assert conversation.turn("d").answer == "at last"
+    assert names(conversation) == ["a", "b", "e"]
+
+
+def test_what_another_conversation_still_writes_is_cancelled_here() -> None:
+    conversation, other = Conversation(), tree(turn("x", answer="half", finish_reason=None))
+    conversation.replace_with(other)
+    assert (conversation.turn("x").finish_reason, conversation.turn("x").answer) == ("cancelled", "half")
+    assert other.is_running("x")
+
+
 def test_a_comparison_is_one_branch() -> None:
     conversation = tree(turn("a"), turn("b", "a"))
     conversation.add(turn("x", "a", group="g"), turn("y", "a", group="g"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -49,6 +50,38 @@ def test_a_comparison_is_exported_side_by_side() -> None:
     assert text.count("Which?") == 1
     assert 0 < text.index("**y**\n\nby y") < text.index("**x**\n\nby x")
     assert [cell["metadata"]["mistral_nb"]["turn"] for cell in conversation.to_cells()] == ["t0", "t0", "y", "y", "x"]
+
+
+def targets(markdown: str) -> list[str]:
+    return re.findall('href="([^"]*)"', MarkdownIt().render(markdown))
+
+
+DEFINED = (
+    "[Docs][1], ![it][1], [1], [1][], *[a [b]][1]*, [1](https://in/)\n`x[1]` \\[1]\n\n    y[1]\n\n"
+    '> [1]: https://{}/ "t"'
+)
+
+
+def test_each_answer_has_the_link_targets_that_it_defines() -> None:
+    text = chat("As in [1].", DEFINED.format("one"), DEFINED.format("two")).to_markdown()
+    assert targets(text) == [*("https://one/",) * 4, "https://in/", *("https://two/",) * 4, "https://in/"]
+    assert text.count("`x[1]` \\[1]\n\n    y[1]\n") == 2
+    hostile = "[" * 50_000 + "`" * 50_000 + "\\" * 50_000 + "\n\n[1]: x"
+    assert len(chat(hostile).to_markdown()) > len(hostile)
+
+
+def test_the_cells_of_an_answer_have_its_link_targets() -> None:
+    answer = "See [docs][One]; not [two].\n\n```python\nx\n```\n\nand [docs][one].\n\n[one]: https://one/\n[two]: https://two/"
+    cells = [cell["source"] for cell in chat(answer, "[two]").to_cells() if cell["cell_type"] == "markdown"]
+    assert [targets(source) for source in cells] == [[], ["https://one/", "https://two/"], ["https://one/"], [], []]
+
+
+def test_a_question_is_words_and_no_markup() -> None:
+    conversation = chat("One.", "Two.")
+    conversation.change("t0", prompt="What does <s> do?\n<!--")
+    text = MarkdownIt().render(conversation.to_markdown())
+    assert "<p>What does &lt;s&gt; do?\n&lt;!--</p>" in text
+    assert "<s>" not in text
 
 
 OPEN = [

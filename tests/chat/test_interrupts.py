@@ -7,11 +7,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from mistral_nb.chat import ChatSession, TextAdded, TurnEnded
+from mistral_nb.chat import ChatSession, Conversation, TextAdded, Turn, TurnEnded
 from tests.backends.scripted import PATIENCE, TOKEN, Peer, frame, head
 from tests.chat.conftest import ACCOUNT, Heard
 
@@ -55,6 +56,49 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_text(
     assert peer.gone.wait(PATIENCE)
     assert session.wait(PATIENCE)
     assert len(heard.of(TurnEnded)) == 1
+
+
+class Interrupted(Conversation):
+    """An interrupt comes just after a question was put into it."""
+
+    def add(self, *turns: Turn) -> None:
+        super().add(*turns)
+        raise KeyboardInterrupt
+
+    def change(self, turn_id: str, **changes: Any) -> Turn:
+        super().change(turn_id, **changes)
+        if changes.get("finish_reason", "") is None:
+            raise KeyboardInterrupt
+        return self.turn(turn_id)
+
+
+def test_an_interrupt_before_anybody_is_asked_leaves_no_turn_running(make: Callable[..., ChatSession]) -> None:
+    session = make(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("Go on")
+    (turn,) = session.conversation
+    assert (turn.finish_reason, session.busy) == ("cancelled", False)
+    with pytest.raises(KeyboardInterrupt):
+        session.retry(turn.id)
+    assert session.conversation.turn(turn.id).finish_reason == "cancelled"
+
+
+def test_an_interrupt_before_its_thread_begins_leaves_no_turn_running(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    session.listen(lambda event: None)
+    assert session.wait(PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "mistral_nb.chat.session.threading.Thread", type("Never", (threading.Thread,), {"start": interrupted})
+        )
+        with pytest.raises(KeyboardInterrupt):
+            session.send("Go on")
+    (turn,) = session.conversation
+    assert (turn.finish_reason, session.busy) == ("cancelled", False)
 
 
 PROGRAM = """

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mistral_nb.rendering import BlockStream, blocks
+from mistral_nb.rendering.patches import CODES
 from mistral_nb_magics.chat.view import SCRIPTS, STATIC, STYLES, ChatView, join_scripts, join_styles
 
 ANSWERS = (
@@ -66,6 +67,12 @@ def test_the_browser_takes_patches_as_the_reference_does(node: str) -> None:
     )
     expected = [[asdict(block) for block in blocks(answer)] for answer in ANSWERS for _ in range(4)]
     assert json.loads(done.stdout) == expected
+
+
+def test_the_browser_reads_the_codes_of_a_patch_as_the_reference_does(node: str) -> None:
+    script = (STATIC / "store.js").read_text("utf-8") + "console.log(JSON.stringify(CODES))"
+    done = subprocess.run([node, "-e", script], check=True, capture_output=True, text=True)
+    assert tuple(json.loads(done.stdout)) == CODES
 
 
 def patches(answer: str, chance: random.Random) -> list[Any]:

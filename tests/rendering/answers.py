@@ -102,7 +102,18 @@ def one_list(chance: random.Random) -> Iterator[str]:
         yield "\n".join(f"- **{chance.choice(WORDS)}**: {sentence(chance)}" for _ in range(20))
 
 
-KINDS = {"prose": prose, "code": code, "lists": lists, "one code": one_code, "one list": one_list}
+def maths(chance: random.Random) -> Iterator[str]:
+    for step in range(1, 1_000):
+        f, a = f"f_{{{step}}}", f"\\alpha_{{{step}}}"
+        yield (
+            f"**Step {step}.** Let ${f}(x) = \\frac{{1}}{{2}} x^2 + {a} x$ where ${a} \\in \\mathbb{{R}}$. "
+            f"{sentence(chance)} Taking the derivative with respect to $x$ gives"
+        )
+        yield f"$$\n{f}'(x) = x + {a}, \\qquad \\int_0^1 {f}(x)\\,dx = \\frac{{1}}{{6}} + \\frac{{{a}}}{{2}}\n$$"
+        yield f"so that \\(x^* = -{a}\\) is the minimum."
+
+
+KINDS = {"prose": prose, "code": code, "lists": lists, "one code": one_code, "one list": one_list, "math": maths}
 
 
 def answer(kind: str, size: int = SIZE, seed: int = 0) -> str:

@@ -17,6 +17,8 @@ MATH = {
     *("mphantom", "menclose", "msub", "msup", "msubsup", "munder", "mover", "munderover", "mmultiscripts"),
     *("mtable", "mtr", "mtd"),
 }
+LANGUAGE = r"[A-Za-z0-9_+#.-]{1,30}"
+MARKS = r"((_|k|n[bfcdta]|s|m|c|g[dihp])[1-9]\d*)*"
 EMPTY = {"br", "hr"}
 VALUES = {
     (
@@ -30,6 +32,8 @@ VALUES = {
     ("td", "style"): "text-align:(left|right|center)",
     ("mtd", "style"): "text-align:(left|right|center)",
     ("math", "display"): "block",
+    ("pre", "lang"): LANGUAGE,
+    ("pre", "data-marks"): MARKS,
 }
 MATH_VALUES = {
     **dict.fromkeys(
@@ -127,7 +131,7 @@ def dangers(blocks: list[Block]) -> list[str]:
         found += text_dangers(block.body)
         if not re.fullmatch(r"[A-Za-z0-9_+#.-]{0,30}", block.language):
             found.append(f"the language {block.language!r}")
-        if not re.fullmatch(r"((_|k|n[bfcdta]|s|m|c|g[dihp])[1-9]\d*)*", block.marks):
+        if not re.fullmatch(MARKS, block.marks):
             found.append(f"the marks {block.marks!r}")
         size = sum(map(int, re.findall(r"\d+", block.marks)))
         if size > len(block.body.encode("utf-16-le")) // 2:

@@ -27,7 +27,14 @@ LINK = 'rel="noopener noreferrer nofollow" target="_blank"'
         ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'),
         ("- [ ] a\n- [x] b", "<ul><li>\u2610 a</li><li>\u2611 b</li></ul>"),
         ("- a\n  - b", "<ul><li>a\n<ul><li>b</li></ul></li></ul>"),
-        ("- a\n  ```py\n  x < 1\n  ```", "<ul><li>a\n<pre><code>x &lt; 1</code></pre></li></ul>"),
+        ("- a\n  ```py\n  x < 1\n  ```",
+         '<ul><li>a\n<pre lang="py" data-marks="_4m1"><code>x &lt; 1</code></pre></li></ul>'),
+        ('> ```p"y\n> x\n> ```', "<blockquote><pre><code>x</code></pre></blockquote>"),
+        ("**\u6ce8\uff1a**\u8bf7\u5148**\u300c\u5148\u300d**\u3002",
+         "<p><strong>\u6ce8\uff1a</strong>\u8bf7\u5148<strong>\u300c\u5148\u300d</strong>\u3002</p>"),
+        ("\u91cd ** \u4e0d **\u662f 2 ** 3", "<p>\u91cd ** \u4e0d **\u662f 2 ** 3</p>"),
+        ("a<br>b<BR />c `<br>` \\<br> <br x>", "<p>a<br>b<br>c <code>&lt;br&gt;</code> &lt;br&gt; &lt;br x&gt;</p>"),
+        ("Use $PATH:$HOME, $A/$b, ${C}:${D}, $IN$OUT", "<p>Use $PATH:$HOME, $A/$b, ${C}:${D}, $IN$OUT</p>"),
         ("> a\n> b", "<blockquote><p>a\nb</p></blockquote>"),
         ("---", "<hr>"),
         ("[a](https://b.c/d?e=f&g)", f'<p><a href="https://b.c/d?e=f&amp;g" {LINK}>a</a></p>'),
@@ -52,6 +59,25 @@ def test_a_table() -> None:
         f"<table><thead><tr><th{left}>a</th><th{right}>b</th></tr></thead><tbody>"
         f"<tr><td{left}><code>x</code></td><td{right}>y</td></tr><tr><td{left}>z</td><td{right}></td></tr></tbody></table>"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        ("`a || b` | x", ["<code>a || b</code>", "x"]),
+        ("``a|`` | `b|c`", ["<code>a|</code>", "<code>b|c</code>"]),
+        ("\\(a|b\\) | `x\\|y` \\|", ["<math><mi>a</mi><mo>|</mo><mi>b</mi></math>", "<code>x|y</code> |"]),
+        ("$P(A|B)$ | x", ["<math><mi>P</mi><mi>(</mi><mi>A</mi><mo>|</mo><mi>B</mi><mi>)</mi></math>", "x"]),
+        ("$5 | $6", ["$5", "$6"]),
+        ("$A|$B", ["$A", "$B"]),
+        ("\\`a | b`", ["`a", "b`"]),
+        ("`a | b", ["`a", "b"]),
+        ("$a | b", ["$a", "b"]),
+    ],
+)
+def test_a_pipe_in_code_or_a_formula_ends_no_cell(row: str, cells: list[str]) -> None:
+    (table,) = blocks(f"| a | b |\n|---|---|\n| {row} |")
+    assert re.findall("<td>(.*?)</td>", table.body.replace(' stretchy="false"', "")) == cells
 
 
 @pytest.mark.parametrize(
@@ -97,11 +123,21 @@ def test_a_long_paragraph_is_whole() -> None:
         ("$\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}$", "<mtr><mtd><mi>a</mi></mtd><mtd><mi>b</mi></mtd></mtr>"),
         ("- item\n  $$\n  x\n  $$", '<ul><li>item\n<p><math display="block">'),
         ("$\\begin{cases} 1 & x < 0 \\\\ 2 \\end{cases}$", "<mo>&lt;</mo>"),
-        ("$\\mathrm{softmax}(x)$", "<math><mi>softmax</mi><mo"),
+        ("$\\mathrm{softmax}(x)$", "<math><mi>softmax</mi><mi>("),
         ("$\\mathbf{xy} \\bm{x}$", "<mi>\U0001d431</mi><mi>\U0001d432</mi>"),
         ("$\\mathcal{LN}$", "<mi>\u2112</mi><mi>\U0001d4a9</mi>"),
         ("$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$", '<mtd style="text-align:right"><mi>a</mi></mtd>'),
+        ("$\\ln n = \\sin(x)$", '<mi>ln</mi><mspace width="0.167em"></mspace><mi>n</mi><mo>=</mo><mi>sin</mi><mi>('),
         ("$\\text{a b}$", "<mtext>a\u00a0b</mtext>"),
+        ("\\(15% \\text{ of } 80\\)", "<mi>%</mi><mtext>\u00a0of\u00a0</mtext><mn>80</mn>"),
+        ("$5\\% \\text{a 9% b\\%}$", "<mn>5</mn><mi>%</mi><mtext>a\u00a09%\u00a0b%</mtext>"),
+        ("$$x = 1 \\\\ y$$", "<mo>=</mo><mn>1</mn></mtd></mtr><mtr>"),
+        ("$$a &= b \\\\[4pt] c &= d$$", "<mi>b</mi></mtd></mtr><mtr><mtd style=\"text-align:right\"><mi>c</mi></mtd>"),
+        ("$$\\begin{equation}\\label{e}a \\nonumber\\\\ b\\notag\\end{equation}$$", "<mi>a</mi></mtd></mtr><mtr>"),
+        ("$$\\begin{cases} a \\\\ b \\end{cases}$$", "<p><math display=\"block\"><mrow><mo stretchy=\"true\""),
+        ("$\\arg\\max_\\theta L$", "<mo>arg</mo><msub><mo>max</mo>"),
+        ("$x_{1}$", "<msub><mi>x</mi><mn>1</mn></msub>"),
+        ("$f(x)$", "<mi>f</mi><mi>(</mi><mi>x</mi><mi>)</mi>"),
     ],
 )  # fmt: skip
 def test_formulas(text: str, found: str) -> None:
@@ -121,7 +157,14 @@ def test_what_is_no_formula(text: str) -> None:
 
 
 def test_a_formula_that_cannot_be_shown_is_shown_as_source() -> None:
-    for tex in ("\\frac{1}", "\\begin{tikzpicture}x\\end{tikzpicture}", "x_1_2", "{" * 60 + "x" + "}" * 60):
+    for tex in (
+        "\\frac{1}",
+        "\\unknowncmd{x}",
+        "a + \\R",
+        "\\begin{tikzpicture}x\\end{tikzpicture}",
+        "x_1_2",
+        "{" * 60 + "x" + "}" * 60,
+    ):
         assert is_formula(tex)
         assert blocks(f"\\({tex}\\)") == [Block("html", f"<p><code>\\({tex}\\)</code></p>")]
 

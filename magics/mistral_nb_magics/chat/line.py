@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 __all__ = ["keep_free", "say"]
@@ -26,7 +27,16 @@ def say(widget: Any, message: Mapping[str, Any]) -> None:
 def keep_free(widget: Any) -> None:
     """Have the kernel take the page's messages in the subshell that the page names, as JupyterLab does.
 
-    ipykernel 7.4 notes the shell that sent last on a comm, at its opening that of the cell, and has that shell take
-    what comes: while the cell runs, a page could stop no answer. Source: ipykernel/comm/comm.py, `_reply_subshell_for`.
+    ipykernel 7.4 has them taken by the shell that sent last on the comm, at its opening that of the cell: while that
+    cell runs, a page could stop no answer. A page may name a subshell of a kernel that is no more, where another page
+    restarted it: the main shell takes those messages. Source: ipykernel/comm/comm.py, `_reply_subshell_for`.
     """
-    vars(widget.comm).pop("_reply_subshell_id", None)
+    comm = widget.comm
+    shells = getattr(getattr(comm, "kernel", None), "shell_channel_thread", None)
+    if shells is not None and hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = partial(_shell_for, shells.manager)
+
+
+def _shell_for(shells: Any, _data: object, named: str | None) -> str | None:
+    """The subshell of that name; None, for the main shell, where there is none."""
+    return named if named in shells.list_subshell() else None

@@ -27,6 +27,9 @@ SLOWEST = 1.0
 A message costs 350 bytes besides its text, so that 8,000 tokens in two minutes would else cost more than they hold.
 """
 
+IDLE = 10.0
+"""Seconds without anything to say after which the thread ends; what is put then starts another."""
+
 COST_SHARE = 5
 """Rendering takes at most one part in this many of the time."""
 
@@ -129,8 +132,10 @@ class Outbox:
         while True:
             due = min((each.due for each in self._growing.values() if each.waiting), default=None)
             try:
-                item = self._items.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+                item = self._items.get(timeout=IDLE if due is None else max(0.0, due - time.monotonic()))
             except Empty:
+                if due is None and self._rest():
+                    return
                 item = _TICK
             if item is None:
                 return
@@ -143,6 +148,13 @@ class Outbox:
             except Exception:  # the next event must still be shown
                 _LOG.exception("a message of a chat could not be sent to its view")
                 self._recover()
+
+    def _rest(self) -> bool:
+        """Have no thread, where nothing waits."""
+        with self._lock:
+            if self._items.empty():
+                self._thread = None
+            return self._thread is None
 
     def _recover(self) -> None:
         """The page may have missed a patch on which the next ones build."""

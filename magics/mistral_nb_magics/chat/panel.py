@@ -17,8 +17,11 @@ from mistral_nb_magics.chat.choosing import followed
 
 __all__ = ["Panel"]
 
-LAYOUT = {"width": "auto", "min_width": "15em", "flex": "1 1 15em"}
-STYLE = {"description_width": "9em"}
+LAYOUT = {"width": "auto", "min_width": "18em", "flex": "1 1 18em"}
+STYLE = {"description_width": "10em"}
+WIDE = {"width": "auto", "min_width": "14em", "flex": "2 1 24em"}
+"""For names, such as those of models, which are longer than numbers; their labels are shorter."""
+WIDE_STYLE = {"description_width": "5em"}
 WHO = ("backend", "model", "lora")
 _HOW = tuple(field for field in CHAT_FIELDS if field.name not in WHO)
 _LABELS = {"lora": "adapter", "lora_scale": "adapter scale", "stop": "stop at"}
@@ -52,7 +55,7 @@ class Panel:
         self._numbers = {each.name: _field(each) for each in _HOW}
         self._other = {name: _who_field(name) for name in WHO}
         self._comparing = widgets.Checkbox(
-            value=compare is not None, description="Ask these too, side by side", indent=False, layout=LAYOUT
+            value=compare is not None, description="Ask these too, side by side", indent=False, layout={"width": "100%"}
         )
         self._said = widgets.HTML()
         for each in (*self._who.values(), *self._numbers.values(), *self._other.values(), self._comparing):
@@ -142,8 +145,8 @@ def _who_field(name: str) -> Any:
         description=_LABELS.get(name, name),
         placeholder="as set" if name != "lora" else "none",
         continuous_update=False,
-        layout=LAYOUT,
-        style=STYLE,
+        layout=WIDE if name == "model" else {**WIDE, "flex": "1 1 14em"},
+        style=WIDE_STYLE,
         **_tooltip(_HELP[name]),
     )
 

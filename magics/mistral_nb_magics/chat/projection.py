@@ -82,13 +82,17 @@ class BlockCache:
 
 
 def _place(turn: Turn, conversation: Conversation) -> dict[str, Any]:
-    """Which branch it is of how many, and what it is compared with; of a turn that is gone nothing."""
+    """Which branch it is of how many, what it is compared with, and whether that what is asked next follows it.
+
+    Of a turn that is gone nothing.
+    """
     with conversation.steady():
         if turn.id not in conversation:
-            return {"branch": [1, 1, [turn.id]], "group": []}
+            return {"branch": [1, 1, [turn.id]], "group": [], "on_path": False}
         branches = [each.id for each in conversation.branches(turn.id)]
         group = [each.id for each in conversation.compared(turn.id)] if turn.group else []
-    return {"branch": [branches.index(turn.id) + 1, len(branches), branches], "group": group}
+        on_path = len(group) < 2 or any(each.id == turn.id for each in conversation.path)
+    return {"branch": [branches.index(turn.id) + 1, len(branches), branches], "group": group, "on_path": on_path}
 
 
 def _who(turn: Turn) -> str:

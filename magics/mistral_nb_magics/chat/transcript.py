@@ -10,6 +10,7 @@ from typing import Any
 from IPython.core.displaypub import CapturingDisplayPublisher
 
 from mistral_nb.chat import Conversation, Turn
+from mistral_nb.chat.references import own_references
 from mistral_nb.safe_markdown import literal, plain_text, safe_markdown
 from mistral_nb_magics.chat.projection import shown
 
@@ -91,7 +92,7 @@ def _markdown(turn: Turn) -> str:
 
 def _answer(turn: Turn) -> str:
     if turn.answer.strip():
-        return safe_markdown(turn.answer)
+        return safe_markdown(own_references(plain_text(turn.answer), turn.id))
     return "*(the answer is being written)*" if turn.running else "*(no answer)*"
 
 

@@ -15,7 +15,20 @@ __all__ = ["SCRIPTS", "STYLES", "ChatView"]
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("dom", "notebook", "wire", "store", "blocks", "turns", "menus", "attach", "composer", "header", "chat")
+SCRIPTS = (
+    "dom",
+    "notebook",
+    "wire",
+    "store",
+    "blocks",
+    "turns",
+    "menus",
+    "attach",
+    "composer",
+    "keep",
+    "header",
+    "chat",
+)
 """The files under `static/` that make one ES module, in this order."""
 
 STYLES = ("text", "transcript", "composer", "chat")

@@ -8,7 +8,7 @@ const ATTRIBUTES = new Set(
     "href rel target title dir lang start style colspan rowspan scope alt aria-label display mathvariant mathsize " +
     "mathcolor stretchy fence separator form accent accentunder lspace rspace minsize maxsize movablelimits largeop " +
     "symmetric linethickness columnalign rowalign columnspacing rowspacing columnlines rowlines frame width height " +
-    "depth voffset notation scriptlevel displaystyle xmlns"
+    "depth voffset notation scriptlevel displaystyle xmlns data-marks"
   ).split(" "),
 );
 const SCHEMES = /^(https?|mailto|ftp):/i;
@@ -30,7 +30,11 @@ function inert(markup) {
     }
     if (node.localName === "a") setProp(node, "rel", "noopener noreferrer nofollow");
     if (node.localName === "table") box(node, "Table");
-    else if (node.getAttribute("display") === "block" && node.textContent.length > 60) box(node, "Formula");
+    else if (node.localName === "pre") node.replaceWith(nested(node));
+    else if (node.localName === "math" && node.textContent.length > 30) {
+      if (node.getAttribute("display") === "block") box(node, "Formula");
+      else setProp(node, "tabindex", "0");
+    }
   }
   return template.content;
 }
@@ -40,6 +44,14 @@ function box(node, label) {
   const outer = h("div", { class: "mnb-scroll", tabindex: "0", role: "group", "aria-label": label });
   node.replaceWith(outer);
   outer.append(node);
+}
+
+/** Code inside of another block, as any code. */
+function nested(pre) {
+  const { lang, textContent } = pre;
+  const code = new CodeBlock();
+  code.update({ body: textContent, language: lang, marks: pre.getAttribute("data-marks") || "" });
+  return code.node;
 }
 
 /** Makes `target`'s children those of `source`, touching only what differs: selections in the rest stay. */
@@ -94,7 +106,7 @@ class CodeBlock {
       h("div", { class: "mnb-code-head" }, this.name, copy),
       this.pre,
     );
-    this.node.source = () => this.body;
+    this.node.source = () => this.node.querySelector("code").textContent;
     this.body = "";
     this.marks = "";
     this.runs = [];
@@ -155,6 +167,13 @@ function commonLength(a, b) {
   return low;
 }
 
+function fenced({ body, name }) {
+  const longest = Math.max(2, ...[...body.matchAll(/`+/g)].map(([run]) => run.length));
+  const fence = "`".repeat(longest + 1);
+  const language = name.textContent === "text" ? "" : name.textContent;
+  return `${fence}${language}\n${body}${body.endsWith("\n") ? "" : "\n"}${fence}`;
+}
+
 /** The blocks of one answer. */
 class Answer {
   constructor() {
@@ -189,6 +208,11 @@ class Answer {
       text += `${view instanceof CodeBlock ? view.body : view.node.textContent}\n`;
     }
     return text;
+  }
+
+  /** What the browser shows, as Markdown: its code in fences, the rest plain. */
+  source() {
+    return this.views.map((view) => (view instanceof CodeBlock ? fenced(view) : view.node.innerText)).join("\n\n");
   }
 
   /** What the browser shows, as plain text. */

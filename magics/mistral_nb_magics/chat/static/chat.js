@@ -3,7 +3,7 @@
 const UNDONE = { clear: "The conversation was cleared.", delete: "The turn was deleted." };
 const LINES = {
   waiting: "Waiting for the kernel…",
-  gone: "Not connected: the kernel was restarted or does not run. Run this cell again to go on; the text stays.",
+  gone: "Not connected: the kernel was restarted or does not run. Running this cell starts an empty chat",
 };
 
 class ChatPage {
@@ -117,16 +117,22 @@ class ChatPage {
     if (undone && this.undo.hidden) this.say(`${undone} Undo is beside the composer.`);
     show(this.undo.firstChild, undone);
     this.undo.hidden = !state.undo;
-    show(this.line, LINES[wire.state] || "");
+    const advice = state.turns.length ? ": export this one first." : ".";
+    show(this.line, (LINES[wire.state] || "") + (wire.state === "gone" ? advice : ""));
     const box = this.el.parentElement;
     if (box && box.classList.contains("jupyter-widgets")) box.classList.toggle("mnb-cut", wire.state === "gone");
   }
 
   /** Sends what a button means; resolves to whether it was done. */
   async act(message) {
-    if (message.type === "export") this.store.exporter = this;
+    const { store } = this;
     this.complain("");
-    const answer = await this.store.wire.ask(message);
+    if (message.type === "export") {
+      if (store.wire.state === "gone") return (exportHere(this, message.format), true);
+      store.exporter = this;
+    }
+    const answer = await store.wire.ask(message);
+    if (message.type === "export" && store.exporter === this) store.exporter = null;
     if (answer.type === "refused") this.complain(answer.error);
     return answer.type !== "refused";
   }
@@ -148,7 +154,8 @@ class ChatPage {
   }
 
   receive(what, message) {
-    if ((this.store.exporter || this.store.pages[0]) !== this) return;
+    const { exporter, pages, wire } = this.store;
+    if ((exporter || pages[0]) !== this || !wire.concerns(message)) return;
     if (what === "file") download(message.name, message.mime, message.text);
     else if (!insertCells(this.model, this.el, message.cells)) {
       download("chat.ipynb", "application/x-ipynb+json", notebookOf(message.cells));
@@ -210,6 +217,7 @@ class ChatPage {
 
   close() {
     this.store.pages.splice(this.store.pages.indexOf(this), 1);
+    if (this.store.exporter === this) this.store.exporter = null;
     this.ends.forEach((end) => end());
     this.root.remove();
   }
@@ -284,8 +292,10 @@ async function sourceOf(page, id) {
   return typeof answer.text === "string" ? answer.text : page.transcript.sideOf(id).answer.text();
 }
 
-async function deleteRow(page, row) {
-  for (const { id } of [...row.turns]) if (!(await page.act({ type: "delete", id }))) return;
+async function continueFrom(page, id) {
+  if (!(await page.act({ type: "select", id }))) return;
+  page.say("The next question follows this answer.");
+  page.composer.area.focus({ preventScroll: true });
 }
 
 /** What the buttons mean. */
@@ -305,7 +315,8 @@ const ACTS = {
   edit: (page, button) => rowOf(button).edit(),
   "edit-send": (page, button) => sendEdit(page, rowOf(button)),
   "edit-cancel": (page, button) => rowOf(button).endEdit(),
-  delete: (page, button) => deleteRow(page, rowOf(button)),
+  delete: (page, button) => page.act({ type: "delete", id: rowOf(button).turns[0].id }),
+  continue: (page, button) => continueFrom(page, idOf(button)),
   copy: (page, button) => copied(page, button, sourceOf(page, idOf(button))),
   "copy-code": (page, button) => copied(page, button, Promise.resolve(button.closest(".mnb-code").source())),
   branch: (page, button) => {
@@ -316,6 +327,7 @@ const ACTS = {
   undo: (page) => page.act({ type: "undo" }).then(() => page.composer.area.focus({ preventScroll: true })),
   system: (page) => page.header.toggleSystem(),
   "system-save": (page) => page.header.saveSystem(),
+  "system-cancel": (page) => page.header.endSystem(),
   panel: (page) => page.act({ type: "panel", open: !page.store.state.panel }),
   jump: (page) => page.transcript.toEnd(),
 };

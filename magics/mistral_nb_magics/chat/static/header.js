@@ -34,7 +34,10 @@ class Header {
       store.state.presets.map((name) => ({ label: name, pick: () => act({ type: "preset", name }) })),
     );
     new Menu(this.exporting, () =>
-      FORMATS.map(({ format, label }) => ({ label, pick: () => act({ type: "export", format }) })),
+      FORMATS.filter(({ format }) => store.wire.state !== "gone" || KEPT.has(format)).map(({ format, label }) => ({
+        label,
+        pick: () => act({ type: "export", format }),
+      })),
     );
     this.refresh();
   }
@@ -53,7 +56,9 @@ class Header {
       "data-act": "system-save",
       text: "Save",
     });
-    const cancel = h("button", { type: "button", class: "mnb-button", "data-act": "system", text: "Cancel" });
+    const cancel = h("button", { type: "button", class: "mnb-button", "data-act": "system-cancel", text: "Cancel" });
+    this.isDraft = false;
+    this.area.addEventListener("input", () => (this.isDraft = true));
     return h(
       "div",
       { class: "mnb-drawer", id: freshId(), hidden: true },
@@ -72,20 +77,27 @@ class Header {
     this.system.classList.toggle("mnb-on", Boolean(state.system));
     this.presets.hidden = !state.presets.length;
     const off = wire.state === "gone";
-    for (const button of [this.presets, this.system, this.settings, this.exporting]) button.disabled = off;
+    for (const button of [this.presets, this.system, this.settings]) button.disabled = off;
+    this.exporting.disabled = off && !state.turns.length;
     this.clear.disabled = off || !state.turns.length;
   }
 
+  /** Opens or closes the drawer; what is typed in it stays until it is saved or cancelled. */
   toggleSystem() {
     this.drawer.hidden = !this.drawer.hidden;
     setProp(this.system, "aria-expanded", String(!this.drawer.hidden));
     if (this.drawer.hidden) return this.system.focus({ preventScroll: true });
-    this.area.value = this.store.state.system || "";
+    if (!this.isDraft) this.area.value = this.store.state.system || "";
     this.area.focus({ preventScroll: true });
     return fit(this.area);
   }
 
   async saveSystem() {
-    if (await this.act({ type: "system", text: this.area.value })) this.toggleSystem();
+    if (await this.act({ type: "system", text: this.area.value })) this.endSystem();
+  }
+
+  endSystem() {
+    this.isDraft = false;
+    if (!this.drawer.hidden) this.toggleSystem();
   }
 }

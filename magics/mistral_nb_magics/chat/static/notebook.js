@@ -49,21 +49,34 @@ function insertCells(model, element, cells) {
   }
 }
 
-/** Replaces the transcript beside the widget in the notebook's file, where its display id is gone after a reload. */
-function writeTranscript(model, element, data) {
+/** The transcript beside the widget in the notebook's file: the cell's outputs, its index and what it is, or null. */
+function findTranscript(model, element) {
   const context = documentContext(model);
   const index = cellIndex(element);
   const cell = context && index >= 0 ? context.model.cells.get(index) : null;
   const outputs = cell && cell.outputs;
-  if (!outputs || !outputs.set) return false;
+  if (!outputs || !outputs.set) return null;
   for (let i = 0; i < outputs.length; i += 1) {
     const output = outputs.get(i).toJSON();
-    if (!isTranscript(output)) continue;
-    if (output.data && output.data["text/markdown"] === data["text/markdown"]) return true;
-    outputs.set(i, { ...output, data });
-    return true;
+    if (isTranscript(output)) return { outputs, i, output };
   }
-  return false;
+  return null;
+}
+
+/** Replaces the transcript in the notebook's file, where its display id is gone after a reload. */
+function writeTranscript(model, element, data) {
+  const found = findTranscript(model, element);
+  if (!found) return;
+  const { outputs, i, output } = found;
+  if (!output.data || output.data["text/markdown"] !== data["text/markdown"]) outputs.set(i, { ...output, data });
+}
+
+/** What the transcript holds, in Markdown, without the line by which it is found; "" where there is none. */
+function transcriptText(model, element) {
+  const found = findTranscript(model, element);
+  const text = found && found.output.data && found.output.data["text/markdown"];
+  const lines = [text || ""].flat().join("").split("\n");
+  return lines.filter((line) => !line.endsWith(`(#${TRANSCRIPT_MARK})`)).join("\n").trim();
 }
 
 /** @param {any} output one of a cell's outputs, as in the file */

@@ -13,6 +13,16 @@ const EMPTY = {
   history: [],
 };
 
+/** What the control characters from U+0080 on stand for in a patch: CODES of the reference receiver. */
+const CODES = (
+  '<mi> </mi> <mo> </mo> <mn> </mn> </mi><mi> </mi><mo> </mo><mi> </mo><mn> </mn><mo> </mi><mn> <msub><mi> ' +
+  '</mn></msub> <msup><mi> </mn></msup> <mfrac> </mfrac> <mrow> </mrow> <math> </math> <math~display="block"> ' +
+  '<mspace~width=" em"></mspace> <mtd~style="text-align: </mtd> </td><td> <strong> </strong> <code> </code>'
+)
+  .split(" ")
+  .map((code) => code.replace("~", " "));
+const spelled = (add) => add.replace(/[\x80-\x9f]/g, (sign) => CODES[sign.charCodeAt(0) - 128]);
+
 /**
  * Applies one patch to blocks, in place: the mirror of `apply` in mistral_nb/rendering/patches.py.
  * @param {any[]} blocks
@@ -37,7 +47,7 @@ function applyPatch(blocks, patch) {
 function replaced(old, kind, language, field, keep, add) {
   const block = old && old.kind === kind ? { ...old, language } : { kind, language, body: "", marks: "" };
   if (keep > block[field].length) return null;
-  block[field] = block[field].slice(0, keep) + add;
+  block[field] = block[field].slice(0, keep) + spelled(add);
   return block;
 }
 
@@ -45,7 +55,7 @@ function replaced(old, kind, language, field, keep, add) {
 function spliced(old, add, stay = 0, drop = 0) {
   if (!old || old.body.length < stay + drop) return null;
   const end = old.body.length - stay;
-  return { ...old, body: old.body.slice(0, end - drop) + add + old.body.slice(end) };
+  return { ...old, body: old.body.slice(0, end - drop) + spelled(add) + old.body.slice(end) };
 }
 
 class Store {

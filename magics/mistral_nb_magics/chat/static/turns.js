@@ -16,6 +16,14 @@ class Side {
     this.error = h("div", { class: "mnb-error" });
     this.footer = h("div", { class: "mnb-footer" });
     this.branch = h("span", { class: "mnb-branch" });
+    this.followed = h("span", { class: "mnb-followed" }, icon("check"), "The next question follows this answer");
+    this.follow = h("button", {
+      type: "button",
+      class: "mnb-button",
+      "data-act": "continue",
+      text: "Continue from this answer",
+    });
+    this.pick = h("div", { class: "mnb-pick" }, this.followed, this.follow);
     this.tools = this.makeTools();
     this.foot = h("div", { class: "mnb-foot" }, this.footer, this.tools);
     this.node = h(
@@ -26,6 +34,7 @@ class Side {
       this.answer.node,
       this.error,
       this.status,
+      this.pick,
       this.foot,
     );
   }
@@ -54,6 +63,9 @@ class Side {
     this.footer.classList.toggle("mnb-cut", turn.finish in ENDINGS);
     this.stop.hidden = !(turn.running && beside);
     this.foot.hidden = turn.running && !beside;
+    this.pick.hidden = !beside;
+    this.followed.hidden = !turn.on_path;
+    this.follow.hidden = turn.on_path;
     this.updateStatus(turn);
     this.updateError(turn);
     this.updateBranch(turn.branch);
@@ -142,6 +154,12 @@ class Row {
     turns.forEach((turn, i) => this.updateSide(i, turn));
   }
 
+  /** Whether its editor is open, and `turn` is another version of what it shows. */
+  isEdited(turn) {
+    const versions = (turn.branch || [])[2] || [];
+    return Boolean(this.editor) && this.turns.some(({ id }) => versions.includes(id));
+  }
+
   updateSide(i, turn) {
     if (!this.views[i]) {
       this.views[i] = new Side();
@@ -219,13 +237,15 @@ class Transcript {
     this.node.addEventListener("scroll", () => this.scrolled(), { passive: true });
   }
 
-  /** Shows these turns; rows that stay are kept with all that is in them. */
+  /** Shows these turns; rows that stay are kept with all that is in them, and so is one whose question is edited. */
   update(turns) {
     const groups = grouped(turns);
     const old = new Map(this.rows.map((row) => [row.key, row]));
+    const stays = new Set(groups.map(([first]) => first.id));
     this.rows = groups.map((group, index) => {
-      const row = old.get(group[0].id) || new Row();
-      old.delete(group[0].id);
+      const edited = () => [...old.values()].find((each) => !stays.has(each.key) && each.isEdited(group[0]));
+      const row = old.get(group[0].id) || edited() || new Row();
+      old.delete(row.key);
       row.key = group[0].id;
       row.update(group, index);
       if (this.list.children[index] !== row.node) this.list.insertBefore(row.node, this.list.children[index] || null);

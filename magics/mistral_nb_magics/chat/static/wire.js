@@ -1,7 +1,7 @@
 // The line to the kernel: numbered messages, their answers, and whether anybody is there.
 
 const SLOW_MS = 1000;
-const NOT_CONNECTED = "The kernel does not answer: run this chat's cell again.";
+const NOT_CONNECTED = "The kernel does not answer.";
 const PATIENCE_MS = 3000;
 
 /** What only answers a question; anything else is also told to all who listen. */
@@ -19,7 +19,8 @@ class Wire {
     this.tell = tell;
     this.state = "opening";
     this.pending = new Map();
-    this.ref = Math.floor(Math.random() * 1e9) * 1000;
+    this.first = Math.floor(Math.random() * 1e9) * 1000;
+    this.ref = this.first;
     this.onMessage = (message) => this.take(message);
     this.cut = false;
     this.onLive = () => setTimeout(() => this.look());
@@ -42,6 +43,11 @@ class Wire {
         this.refuseAll(`The kernel cannot be reached: ${error.message || error}`);
       }
     });
+  }
+
+  /** Whether a message answers no other tab's question, of which this one hears too. */
+  concerns({ ref }) {
+    return typeof ref !== "number" || (ref > this.first && ref <= this.ref);
   }
 
   take(message) {
