@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
 
-__all__ = ["interpolate", "lookup", "near_miss"]
+__all__ = ["holes", "interpolate", "lookup", "near_miss"]
 
 _HOLE = re.compile(r"\{\{([^{}\n]+)\}\}")
 _ESCAPE = "--no-interpolate leaves braces as they are"
@@ -23,6 +23,11 @@ def interpolate(text: str, namespace: Mapping[str, Any]) -> str:
     unknown, or what is not a name, attribute or index.
     """
     return _HOLE.sub(lambda hole: _text(hole[1].strip(), namespace), text)
+
+
+def holes(text: str) -> list[str]:
+    """What `interpolate` replaces, as it stands there."""
+    return [hole[0] for hole in _HOLE.finditer(text)]
 
 
 def _text(expression: str, namespace: Mapping[str, Any]) -> str:

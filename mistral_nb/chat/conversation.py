@@ -167,18 +167,24 @@ class Conversation:
             self._head = self._newest(turn_id)
         self._tell("select")
 
-    def delete(self, turn_id: str) -> None:
-        """Take away one turn; those below it move up to its parent. An answer that is being written ends."""
+    def delete(self, turn_id: str, whole: bool = False) -> None:
+        """Take away one turn; those below it move up to its parent. An answer that is being written ends.
+
+        With `whole` those that it was compared with go in the same step.
+        """
         with self._lock:
             turn = self._get(turn_id)
-            below = self._children.get(turn_id, [])
-            self._take("delete", (turn,), dict.fromkeys(below, turn_id))
-            for child in below:
+            gone = {each.id: each for each in (self.compared(turn_id) if whole else (turn,))}
+            moved = {child: name for name in gone for child in self._children.get(name, [])}
+            own = [child for child, name in moved.items() if name == self._head]
+            self._take("delete", tuple(gone.values()), moved)
+            for child in moved:
                 self._turns[child] = replace(self._turns[child], parent=turn.parent)
-            del self._turns[turn_id]
+            for name in gone:
+                del self._turns[name]
             self._index()
-            if self._head == turn_id:
-                self._head = self._beside(turn, below)
+            if self._head in gone:
+                self._head = self._beside(gone[self._head], own or list(moved))
         self._tell("delete")
 
     def clear(self) -> None:

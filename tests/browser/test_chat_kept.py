@@ -31,7 +31,7 @@ def test_the_better_of_two_answers_is_continued(own: Notebook, teller: Teller) -
     teller.say_each("An answer.", "An answer.")
     chat.ask_done("Compare")
     sides = chat.turns.nth(0).locator(".mnb-side")
-    mark = "The next question follows this answer"
+    mark = "The conversation goes on from here"
     expect(sides.nth(0).get_by_text(mark)).to_be_visible()
     expect(chat.button("Continue from this answer")).to_have_count(1)
     better = own.value("chat.conversation.compared(chat.conversation.head)[1].id")

@@ -70,7 +70,7 @@ def test_a_chat_outlives_its_page_and_its_transcript_its_kernel(own: Notebook, t
     expect(chat.area).to_be_disabled()
     expect(chat.answer(1)).to_have_text("The second answer.")
     expect(own.cell().locator(".jp-OutputArea-child:visible")).to_have_count(1)
-    expect(chat.line).to_contain_text("Running this cell starts an empty chat: export this one first.")
+    expect(chat.line).to_contain_text("Running this cell starts an empty chat: export this one first. Chat.load")
     assert "The *first* answer." in exported(chat, "Markdown file")
     kept = Conversation.from_json(exported(chat, "JSON file"))
     assert [(turn.prompt, turn.answer) for turn in kept] == [
@@ -102,6 +102,23 @@ def test_an_answer_goes_on_while_the_page_is_loaded_again(own: Notebook, teller:
     chat.button("Stop").click()
     chat.done(0)
     expect(chat.footer(0)).to_contain_text("cancelled")
+
+
+def test_what_is_half_written_can_be_exported_without_its_kernel(own: Notebook, teller: Teller) -> None:
+    chat = own.chat("compare={'temperature': 0}")
+    half = ["Begun:\n\n```python\nx = 1\n```\n\nand ", "drip"]
+    teller.say_each(half, half)
+    chat.ask("Two\nlines")
+    for side in (0, 1):
+        expect(chat.answer(0, side)).to_contain_text("and drip")
+    own.restart_kernel()
+    expect(chat.line).to_have_text(NOT_CONNECTED)
+    text = exported(chat, "Markdown file")
+    assert "> Two\n> lines\n" in text
+    assert text.count("Begun:\n\n```python\nx = 1\n```\n\nand drip") == 2
+    kept = Conversation.from_json(exported(chat, "JSON file"))
+    assert kept.head is not None
+    assert len(kept.compared(kept.head)) == 2
 
 
 def test_the_embedded_model_answers_in_a_chat(lab: Lab, browser: Browser, teller: Teller, embedded: Path) -> None:

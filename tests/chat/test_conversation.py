@@ -71,6 +71,34 @@ def test_what_is_shown_after_a_deletion(gone: str, left: list[str]) -> None:
     assert names(conversation) == left
 
 
+def test_a_comparison_goes_whole_in_one_step() -> None:
+    one = turn("a")
+    pair = (turn("x", "a", group="g"), turn("y", "a", group="g"))
+    conversation = tree(one, turn("b", "a"))
+    conversation.add(*pair)
+    conversation.add(turn("c", "y"))
+    conversation.add(turn("d", "x"))
+    before = conversation.turns
+    conversation.delete("y", whole=True)
+    assert names(conversation.turns) == ["a", "b", "c", "d"]
+    assert names(conversation) == ["a", "d"]
+    assert conversation.undo() == "delete"
+    assert (conversation.turns, conversation.head) == (before, "d")
+    assert conversation.undoable == ""
+
+
+@pytest.mark.parametrize(("follows", "left"), [(None, ["a", "b"]), ("x", ["a", "c"]), ("y", ["a", "c"])])
+def test_what_is_shown_after_a_comparison_went(follows: str | None, left: list[str]) -> None:
+    conversation = tree(turn("a"), turn("b", "a"))
+    conversation.add(turn("x", "a", group="g"), turn("y", "a", group="g"))
+    if follows:
+        conversation.add(turn("c", follows))
+        conversation.select("a")
+    conversation._head = "x"
+    conversation.delete("x", whole=True)
+    assert names(conversation) == left
+
+
 def test_undo_keeps_what_was_asked_since(branched: Conversation) -> None:
     branched.delete("d")
     branched.add(turn("e", "b2"))

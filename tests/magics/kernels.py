@@ -68,9 +68,13 @@ class Kernel:
         self.client.start_channels()
         self.client.wait_for_ready(timeout=TIMEOUT)
 
-    def run(self, code: str, watch: Callable[[Output], None] = lambda output: None) -> Run:
-        """Run a cell until the kernel is idle again. `watch` sees each output as it arrives."""
-        request = self.client.execute(code)
+    def run(self, code: str, watch: Callable[[Output], None] = lambda output: None, cell: str | None = None) -> Run:
+        """Run a cell, by its id where it has one, until the kernel is idle again. `watch` sees outputs as they come."""
+        asked = {"code": code, "silent": False, "store_history": True, "allow_stdin": True, "stop_on_error": True}
+        message = self.client.session.msg("execute_request", asked)
+        message["metadata"] = {"cellId": cell} if cell else {}
+        self.client.shell_channel.send(message)
+        request = message["header"]["msg_id"]
         started = time.monotonic()
         result = Run()
         while True:

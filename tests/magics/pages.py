@@ -132,9 +132,9 @@ class KernelPage(Page):
         return [each["content"]["data"] for each in self.wire if each["msg_type"] == "update_display_data"]
 
 
-def open_chat(kernel: Kernel, code: str) -> KernelPage:
-    """Run a cell that shows one chat, and open its page."""
-    run = kernel.run(code)
+def open_chat(kernel: Kernel, code: str, cell: str | None = None) -> KernelPage:
+    """Run a cell that shows one new chat, and open its page."""
+    run = kernel.run(code, cell=cell)
     assert run.status == "ok", run.reply
     views = [
         output.content["comm_id"]

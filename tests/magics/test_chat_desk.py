@@ -182,6 +182,49 @@ def test_delete_select_clear_and_undo(page: Page) -> None:
     assert len(page.session.conversation) == 2
 
 
+def test_a_comparison_is_deleted_and_comes_back_in_one_step(page: Page) -> None:
+    (first,) = grown(page, "One?")
+    pair = [Turn(name, first, "Both?", answer="Yes.", finish_reason="stop", group="g") for name in ("x", "y")]
+    page.session.conversation.add(*pair)
+    assert page.ask("delete", id="y")["type"] == "done"
+    assert [turn.id for turn in page.session.conversation.turns] == [first]
+    assert page.ask("undo")["type"] == "done"
+    assert [turn.id for turn in page.session.conversation.turns] == [first, "x", "y"]
+    assert page.session.conversation.undoable == ""
+
+
+LONG = "x" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("message", "says_so"),
+    [
+        (
+            {"type": "send", "text": LONG},
+            "your question has 200,000 characters; at most 131,072 fit: shorten it, or put the text into a variable "
+            "and attach that",
+        ),
+        (
+            {"type": "send", "text": "Is {{price}} in {{long[0]}}?"},
+            "{{long[0]}} puts 200,000 characters into your question; at most 131,072 fit in all: attach the variable "
+            "instead, of which the first 16,000 characters are sent",
+        ),
+        (
+            {"type": "send", "text": "Is it?", "attach": [{"kind": "variable", "name": "long"}] * 9},
+            "your question with what is attached has 144,",
+        ),
+        ({"type": "edit", "id": "t0", "text": "{{long[0]}}"}, "{{long[0]}} puts 200,000 characters"),
+        ({"type": "system", "text": LONG}, "the system prompt has 200,000 characters; at most 131,072 fit: shorten it"),
+    ],
+)
+def test_what_is_too_long_is_named_with_a_way_out(session: ChatSession, message: dict[str, Any], says_so: str) -> None:
+    page = Page(session, {"price": 7, "long": [LONG]})
+    grown(page, "One?")
+    error = page.ask(message.pop("type"), **message)["error"]
+    assert error.startswith(says_so)
+    assert not session.busy
+
+
 def test_exports_and_the_source_of_an_answer(page: Page) -> None:
     (turn,) = grown(page, "One?")
     assert page.ask("text", id=turn) == {"type": "text", "text": "Yes.", "ref": 7}
@@ -214,6 +257,8 @@ def test_who_is_compared_follows_but_in_what_differs() -> None:
     old = Choice("cloudflare", None, "Be brief.", {"temperature": 0.5, "seed": 1, "lora": "mine"})
     other = compared(old, {"backend": "local", "temperature": 1.5})
     assert other == Choice("local", None, "Be brief.", {"temperature": 1.5, "seed": 1})
+    same = compared(old, {"temperature": 1.5})
+    assert same == Choice("cloudflare", None, "Be brief.", {"temperature": 1.5, "seed": 1, "lora": "mine"})
     new = Choice("cloudflare", None, "Be kind.", {"temperature": 0, "top_p": 0.5, "lora": "other"})
     assert followed(other, old, new) == Choice("local", None, "Be kind.", {"temperature": 1.5, "top_p": 0.5})
 

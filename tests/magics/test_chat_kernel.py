@@ -313,6 +313,51 @@ def test_a_page_is_answered_while_a_cell_runs(page: KernelPage, chat_kernel: Ker
     assert reply["content"]["ename"] == "KeyboardInterrupt"
 
 
+def test_a_page_is_answered_that_names_a_subshell_of_another_kernel(
+    page: KernelPage, chat_kernel: Kernel, scripted: Peer
+) -> None:
+    """As that of a kernel which somebody else restarted."""
+    session = chat_kernel.client.session
+    data = {"method": "custom", "content": {"type": "hello", "ref": 99}}
+    message = session.msg("comm_msg", {"comm_id": page.comm, "data": data})
+    message["header"]["subshell_id"] = "gone"
+    chat_kernel.client.shell_channel.send(message)
+    page.read_until(lambda: any(each.get("ref") == 99 for each in page.of("done")))
+
+
+def test_a_chat_is_closed_whose_cell_shows_another(chat_kernel: Kernel, scripted: Peer) -> None:
+    scripted.scripts += [held("Once ")]
+    code = "old = globals().get('chat')\nchat = mistral_nb.Chat()\nchat"
+    page = open_chat(chat_kernel, code, "c1")
+    assert page.ask(type="hello", writes=False)["type"] == "done"
+    page.send(type="send", text="Tell.")
+    page.read_until(lambda: running(page) is not None)
+    open_chat(chat_kernel, code, "c1")
+    assert scripted.gone.wait(10)
+    told = chat_kernel.run("print(old._stage, old.conversation.path[0].finish_reason, chat._stage is not None)")
+    assert told.printed == "None cancelled True\n"
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    ["chat", "first = chat.widget", "%%capture kept\ndisplay(chat)"],
+    ids=["another cell", "a layout", "captured"],
+)
+def test_a_chat_that_is_shown_elsewhere_too_stays(chat_kernel: Kernel, scripted: Peer, elsewhere: str) -> None:
+    open_chat(chat_kernel, "chat = mistral_nb.Chat()\nchat", "d1")
+    assert chat_kernel.run(elsewhere).status == "ok"
+    open_chat(chat_kernel, "old = chat\nchat = mistral_nb.Chat()\nchat", "d1")
+    assert chat_kernel.run("print(old._stage is not None)").printed == "True\n"
+
+
+def test_chats_that_a_cell_shows_again_stay_whatever_their_order(chat_kernel: Kernel, scripted: Peer) -> None:
+    open_chat(chat_kernel, "one = mistral_nb.Chat()\none", "e1")
+    open_chat(chat_kernel, "display(one)\ntwo = mistral_nb.Chat()\ntwo", "e1")
+    stages = "print(one._stage is not None, two._stage is not None, three._stage is not None)"
+    open_chat(chat_kernel, "three = mistral_nb.Chat()\ndisplay(three)\ntwo", "e1")
+    assert chat_kernel.run(stages).printed == "False True True\n"
+
+
 def test_the_embedded_model_answers_side_by_side(chat_kernel: Kernel, embedded: Path) -> None:
     page = open_chat(
         chat_kernel,

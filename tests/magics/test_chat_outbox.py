@@ -243,6 +243,23 @@ def test_a_snapshot_that_has_the_end_already_is_not_taken_back(show: Show) -> No
     assert not [each for each in show.page.of("turn") if each["turn"]["running"]]
 
 
+def test_its_thread_ends_where_nothing_comes_and_another_says_what_comes_then(
+    peer: Peer, show: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistral_nb_magics.chat.outbox.IDLE", 0.01)
+    peer.scripts = [says("Yes.")]
+    show.hello()
+    show.page.until(lambda: show.page.is_known)
+    thread = show.outbox._thread
+    assert eventually(lambda: show.outbox._thread is None)
+    assert thread is None or eventually(lambda: not thread.is_alive())
+    show.outbox.flush(PATIENCE)
+    show.session.send("Is it?")
+    show.sync()
+    assert show.page.shows == show.fresh()
+    assert len(show.page.turns) == 1
+
+
 def random_script(chance: random.Random) -> list[Any]:
     texts = [chance.choice(PIECES) for _ in range(chance.randint(1, 12))]
     kind = chance.random()

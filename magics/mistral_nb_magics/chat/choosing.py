@@ -27,11 +27,12 @@ def choice_of(
 
 
 def compared(choice: Choice, given: Mapping[str, Any]) -> Choice:
-    """Whom to compare with: as `choice`, but for who answers and for what is given."""
-    kept = {name: value for name, value in choice.fields.items() if name not in ADAPTER}
+    """Whom to compare with: as `choice`, but for what is given. Where that says who answers, it says so in full."""
+    is_other = any(name in given for name in ("backend", "model", *ADAPTER))
+    kept = {name: value for name, value in choice.fields.items() if not (is_other and name in ADAPTER)}
     fields = {name: value for name, value in given.items() if name not in ("backend", "model", "system")}
-    system = given.get("system", choice.system)
-    return Choice(given.get("backend"), given.get("model"), system, {**kept, **fields})
+    backend, model = (given.get("backend"), given.get("model")) if is_other else (choice.backend, choice.model)
+    return Choice(backend, model, given.get("system", choice.system), {**kept, **fields})
 
 
 def followed(other: Choice, old: Choice, new: Choice) -> Choice:

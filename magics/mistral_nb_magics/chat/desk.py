@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from IPython.core.error import UsageError
 
-from mistral_nb.chat import Attachment, ChatError, ChatSession, Choice, presets
+from mistral_nb.chat import Attachment, ChatError, ChatSession, Choice, compose, presets
 from mistral_nb.errors import MistralError
 from mistral_nb.types import MAX_TEXT
-from mistral_nb_magics.chat.attach import attach, candidates
-from mistral_nb_magics.interpolate import interpolate
+from mistral_nb_magics.chat.attach import MAX_ATTACHMENT, attach, candidates
+from mistral_nb_magics.interpolate import holes, interpolate
 
 __all__ = ["Desk", "Screen"]
 
@@ -58,7 +58,7 @@ class Desk:
             "stop": lambda message: session.stop(_text(message, "id", "") or None),
             "regenerate": lambda message: _nothing(session.regenerate(_text(message, "id"))),
             "retry": lambda message: _nothing(session.retry(_text(message, "id"))),
-            "delete": lambda message: session.conversation.delete(_text(message, "id")),
+            "delete": lambda message: session.conversation.delete(_text(message, "id"), whole=True),
             "select": lambda message: session.conversation.select(_text(message, "id")),
             "clear": lambda message: session.conversation.clear(),
             "undo": lambda message: _nothing(session.conversation.undo()),
@@ -91,20 +91,24 @@ class Desk:
     def _send(self, message: Message) -> None:
         text = _text(message, "text")
         attachments = self._attachments(message.get("attach") or [])
-        self._session.send(
-            text, sent=self._filled(text), attachments=attachments, compare=message.get("compare") is True
-        )
+        filled = self._filled(text, attachments)
+        self._session.send(text, sent=filled, attachments=attachments, compare=message.get("compare") is True)
 
     def _edit(self, message: Message) -> None:
-        text = _text(message, "text")
-        self._session.edit(_text(message, "id"), text, sent=self._filled(text))
+        turn, text = self._session.conversation.turn(_text(message, "id")), _text(message, "text")
+        self._session.edit(turn.id, text, sent=self._filled(text, turn.attachments))
 
-    def _filled(self, text: str) -> str | None:
-        """The text with the values of `{{names}}`, and `{{` for `\\{{`; None where it holds neither."""
-        if len(text) > MAX_TEXT:
-            return None
+    def _filled(self, text: str, attachments: tuple[Attachment, ...]) -> str | None:
+        """The text with the values of `{{names}}`, and `{{` for `\\{{`; None where it holds neither.
+
+        Raises `ChatError` that says what is too long.
+        """
+        _check_length("your question", text, "shorten it, or put the text into a variable and attach that")
         namespace = self._namespace()
         filled = "{{".join(interpolate(part, namespace) for part in text.split("\\{{"))
+        if len(filled) > MAX_TEXT:
+            _refuse_longest(text, namespace)
+        _check_length("your question with what is attached", compose(filled, attachments), "attach less")
         return filled if filled != text else None
 
     def _attachments(self, wanted: Any) -> tuple[Attachment, ...]:
@@ -143,8 +147,24 @@ class Desk:
         self._screen.choose(known[name].applied(self._session.choice))
 
     def _system(self, message: Message) -> None:
-        old = self._session.choice
-        self._screen.choose(Choice(old.backend, old.model, _text(message, "text", ""), old.fields))
+        old, text = self._session.choice, _text(message, "text", "")
+        _check_length("the system prompt", text, "shorten it")
+        self._screen.choose(Choice(old.backend, old.model, text, old.fields))
+
+
+def _check_length(what: str, text: str, remedy: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise ChatError(f"{what} has {len(text):,} characters; at most {MAX_TEXT:,} fit: {remedy}")
+
+
+def _refuse_longest(text: str, namespace: Mapping[str, Any]) -> NoReturn:
+    """`ChatError` that names the longest of the values that a question would hold."""
+    lengths = {hole: len(interpolate(hole, namespace)) for part in text.split("\\{{") for hole in holes(part)}
+    longest = max(lengths, key=lambda hole: lengths[hole])
+    raise ChatError(
+        f"{longest} puts {lengths[longest]:,} characters into your question; at most {MAX_TEXT:,} fit in all: attach "
+        f"the variable instead, of which the first {MAX_ATTACHMENT:,} characters are sent"
+    )
 
 
 def _ref(message: Message) -> Any:

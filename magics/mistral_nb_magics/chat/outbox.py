@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -105,10 +106,12 @@ class Outbox:
         with self._lock:
             if self._is_closed:
                 return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mistral-nb chat view", daemon=True)
-                self._thread.start()
             self._items.put(item)
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="mistral-nb chat view", daemon=True)
+                with suppress(RuntimeError):  # at the interpreter's end there is none to be had, and nobody to read
+                    thread.start()
+                    self._thread = thread
 
     def flush(self, timeout: float) -> None:
         """Wait until what was put before is said, and the transcript written; `timeout` is in seconds."""

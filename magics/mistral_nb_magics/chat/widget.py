@@ -13,6 +13,7 @@ from mistral_nb.answer import Result
 from mistral_nb.chat import Attachment, ChatSession, Choice, Conversation
 from mistral_nb.config import Settings, load_settings
 from mistral_nb_magics.chat.choosing import choice_of, choose, compared
+from mistral_nb_magics.chat.places import Places
 from mistral_nb_magics.chat.projection import who_is_next
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Chat"]
 
 _PATIENCE = 1.0  # seconds
+_PLACES = Places()
 
 
 class Chat:
@@ -29,8 +31,9 @@ class Chat:
     `backend`, `model`, `system` and the fields of a request, such as `temperature=0`, say who answers and how, as for
     `mistral_nb.ask`; `preset` names a system text with sampling fields (`mistral_nb.chat.presets()`). `compare` is whom
     to ask the same side by side: a mapping such as {"backend": "cloudflare"} or {"lora": "name"}. `conversation` is one
-    to go on with; a conversation belongs to one chat at a time. All of these can be changed in the panel. Raises
-    `InvalidRequest` and `ChatError`.
+    to go on with; a conversation belongs to one chat at a time. All of these can be changed in the panel. A chat in
+    whose place its cell shows another, and that is shown nowhere else, is closed. Raises `InvalidRequest` and
+    `ChatError`.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Chat:
     @property
     def widget(self) -> Any:
         """The chat as an ipywidget, to be put into a layout of your own; there is no transcript below it then."""
+        _PLACES.keep(self)
         return self._on_stage().widget
 
     def ask(self, prompt: str, *, attachments: Sequence[Attachment] = ()) -> Result:
@@ -137,6 +141,7 @@ class Chat:
         """End what runs and take the chat off the page. The conversation stays, and so does the transcript."""
         self.stop()
         self.wait(5)
+        _PLACES.forget(self)
         with self._lock:
             stage, self._stage, self._shown_in = self._stage, None, None
         if stage is not None:
@@ -164,6 +169,7 @@ class Chat:
                 return
             self._shown_in = shell.execution_count
         self._on_stage().show(shell.display_pub, repr(self))
+        _PLACES.show(self, shell)
 
     def _on_stage(self) -> Stage:
         """What is shown of it is made where it is first shown: a chat in code alone has no widgets."""

@@ -117,7 +117,7 @@ class ChatPage {
     if (undone && this.undo.hidden) this.say(`${undone} Undo is beside the composer.`);
     show(this.undo.firstChild, undone);
     this.undo.hidden = !state.undo;
-    const advice = state.turns.length ? ": export this one first." : ".";
+    const advice = state.turns.length ? ": export this one first. Chat.load reads its JSON." : ".";
     show(this.line, (LINES[wire.state] || "") + (wire.state === "gone" ? advice : ""));
     const box = this.el.parentElement;
     if (box && box.classList.contains("jupyter-widgets")) box.classList.toggle("mnb-cut", wire.state === "gone");
@@ -294,7 +294,7 @@ async function sourceOf(page, id) {
 
 async function continueFrom(page, id) {
   if (!(await page.act({ type: "select", id }))) return;
-  page.say("The next question follows this answer.");
+  page.say("The conversation goes on from here.");
   page.composer.area.focus({ preventScroll: true });
 }
 

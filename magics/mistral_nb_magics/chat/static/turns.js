@@ -16,7 +16,7 @@ class Side {
     this.error = h("div", { class: "mnb-error" });
     this.footer = h("div", { class: "mnb-footer" });
     this.branch = h("span", { class: "mnb-branch" });
-    this.followed = h("span", { class: "mnb-followed" }, icon("check"), "The next question follows this answer");
+    this.followed = h("span", { class: "mnb-followed" }, icon("check"), "The conversation goes on from here");
     this.follow = h("button", {
       type: "button",
       class: "mnb-button",
