@@ -17,6 +17,17 @@ SETTINGS = ("MISTRAL_NB_", "CLOUDFLARE_")
 FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run under Triton's interpreter, which its first import decides; on a GPU they run as they are."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """By now every test module has been imported; engines that tests start are not to interpret."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No account, no user's configuration file, and a runtime and a log folder that end with the session.
