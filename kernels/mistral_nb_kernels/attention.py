@@ -2,8 +2,8 @@
 
     out[i, h] = softmax(q[i, h] K[h // group]^T / sqrt(d) + mask) V[h // group]
 
-Row i of a sequence stands at position p = lengths[b] - rows + i, wherever its rows begin: a prompt's first chunk, a later
-one, or what follows a reused prefix. It sees the tokens 0 .. p, the last `window` of them where one is given.
+Row i of a sequence stands at position p = lengths[b] - rows + i, wherever its rows begin: the first chunk of a prompt,
+a later one, or what follows a reused prefix. It sees the tokens 0 .. p, the last `window` of them where one is given.
 The scores of a tile stay on the chip (online softmax); tiles start at absolute positions, so a row's result is the same
 to the bit however a prompt is cut into chunks. Only tiles at the diagonal and at the window's edge are masked. Programs
 of all heads at the latest rows, which have the most to do, come first; the heads of one KV head run side by side and
@@ -55,8 +55,10 @@ def _keys(
     """The softmax's state after the keys of the tiles from `begin` to `end`; position [m] of the queries."""
     column = tl.arange(0, BLOCK_N)
     tile = column[:, None] * stride_token + tl.arange(0, D)[None, :]
+    following = page_start(table, begin, end - 1, stride_page, stride_token, PAGE)
     for at in tl.range(begin, end, BLOCK_N):
-        start = page_start(table, at, stride_page, stride_token, PAGE)
+        start = following
+        following = page_start(table, at + BLOCK_N, end - 1, stride_page, stride_token, PAGE)
         if MASKED:
             inside = (at + column < length)[:, None]
             keys = tl.load(k + start + tile, mask=inside, other=0.0)

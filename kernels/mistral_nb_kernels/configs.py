@@ -62,7 +62,7 @@ def _table() -> tuple[Row, ...]:
 
 
 def config_for(op: str, arch: int, head_dim: int, dtype: torch.dtype) -> Row | None:
-    """The row of `op` for a compute capability such as 90, else the next lower one's, unmeasured; None: there is none."""
+    """The row of `op` for a compute capability such as 90, else the next lower one's, unmeasured; else None."""
     bits = dtype.itemsize * 8
     rows = [r for r in _table() if (r.op, r.head_dim, r.bits) == (op, head_dim, bits) and r.arch <= arch]
     if not rows:

@@ -117,11 +117,14 @@ def split_kernel(
     acc = tl.zeros((PADDED, D), tl.float32)
     column = tl.arange(0, BLOCK_N)
     tile = column[:, None] * stride_token + feature[None, :]
-    for at in tl.range(tl.maximum(begin, lowest // BLOCK_N * BLOCK_N), tl.minimum(end, stored), BLOCK_N):
+    begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
+    following = page_start(table, begin, stored - 1, stride_page, stride_token, PAGE)
+    for at in tl.range(begin, tl.minimum(end, stored), BLOCK_N):
+        start = following
+        following = page_start(table, at + BLOCK_N, stored - 1, stride_page, stride_token, PAGE)
         visible = at + column < stored
         if WINDOWED:
             visible = visible & (at + column >= lowest)
-        start = page_start(table, at, stride_page, stride_token, PAGE)
         keys = tl.load(k + start + tile, mask=visible[:, None], other=0.0)
         scored = tl.where(visible[None, :], scores(query, keys, DOT), float("-inf"))
         p, highest, decay = softmax_step(scored, highest, scale)
@@ -134,7 +137,7 @@ def split_kernel(
             new = kv_head * stride_k_new_head + feature[None, :]
             key = _turned(k_new + sequence * stride_k_new, new, c, s, feature[None, :], feature[None, :] < D, D)
             value = tl.load(v_new + sequence * stride_v_new + kv_head * stride_v_new_head + feature)[None, :]
-            place = page_start(table, stored, stride_page, stride_token, PAGE) + feature[None, :]
+            place = page_start(table, stored, stored, stride_page, stride_token, PAGE) + feature[None, :]
             tl.store(k + place, key)
             tl.store(v + place, value)
             scored = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)

@@ -4,8 +4,8 @@
     y[i + d/2] = x[i + d/2] cos(a_i) + x[i] sin(a_i)
 
 The pairing is half-split, everywhere; loaders permute checkpoints that pair neighbours. q [n, hq, d] comes back
-rotated, k [n, hkv, d] goes rotated and v as it is to the pages. Rows may be strided views of one packed projection. Angles come
-from `rope_table`: fp32, so that 32k positions keep their phase, and whatever scaling the model has is in it.
+rotated, k [n, hkv, d] goes rotated and v as it is to the pages. Rows may be strided views of one packed projection.
+Angles come from `rope_table`: fp32, so that 32k positions keep their phase, with the model's theta and scaling.
 
 Fused because the KV write alone would read and write k and v again: 2 (hq + 2 hkv) d bytes-per-element a token is the
 least, with 4 d bytes of the table. One program turns one token: every head shares its angles.

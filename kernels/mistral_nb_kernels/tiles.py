@@ -9,9 +9,14 @@ __all__ = ["page_start", "scores", "softmax_step", "weigh"]
 
 
 @triton.jit
-def page_start(table, at, stride_page, stride_token, PAGE: tl.constexpr):
-    """Offset of the token at position `at` of the sequence whose row of the page table is `table`."""
-    return tl.load(table + at // PAGE).to(tl.int64) * stride_page + at % PAGE * stride_token
+def page_start(table, at, last, stride_page, stride_token, PAGE: tl.constexpr):
+    """Offset of the token at position `at` of the sequence whose row of the page table is `table`.
+
+    Loops over tiles look a tile up while the one before is worked on: the loads of a tile that waited for its lookup
+    would take a stage of their pipeline. So `at` may be past the position `last`, of which no more is looked up.
+    """
+    page = tl.load(table + tl.maximum(tl.minimum(at, last), 0) // PAGE)
+    return page.to(tl.int64) * stride_page + at % PAGE * stride_token
 
 
 @triton.jit
