@@ -7,7 +7,7 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test check format lab bench mutants kernels gpu clean
+.PHONY: help demo test check format lab bench mutants kernels kernels-readme gpu clean
 
 help:
 	@echo "make demo    run examples/quickstart.ipynb with the embedded model and print the answers as they stream"
@@ -47,7 +47,10 @@ mutants: $(VENV)/.dev
 	$(BIN)/python tests/kernels/mutants.py
 
 kernels: $(VENV)/.dev
-	PYTHONPATH=kernels $(BIN)/python -m mistral_nb_kernels.compile_report --check
+	PYTHONPATH=kernels $(BIN)/python -m mistral_nb_kernels.compile_report --check kernels/README.md
+
+kernels-readme: $(VENV)/.dev
+	PYTHONPATH=kernels $(BIN)/python -m mistral_nb_kernels.compile_report --write kernels/README.md
 
 # Nothing is installed: a GPU host brings python3, torch, triton and pytest, and the source roots are put on the path.
 gpu:

@@ -25,6 +25,8 @@ NOTES = {
     "README.md": "this page",
     "constraints.txt": "the exact versions that are tested",
     "pyproject.toml": "packages, dependencies, and the settings of ruff, mypy and pytest",
+    "kernels/README.md": "the ops: math, shapes, bytes and FLOPs, and what their machine code uses",
+    "kernels/mistral_nb_kernels/configs.json": "how each kernel is cut up on each architecture",
     "examples/answer.png": "the picture above",
     "mistral_nb/server/static/playground.html": "the page that a browser gets from a server",
     "examples/quickstart.ipynb": "the first ten minutes, executed in the tests",

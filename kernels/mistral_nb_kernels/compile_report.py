@@ -1,7 +1,7 @@
 """Compiles every config of the table for its architecture, without a GPU, and reads what the machine code uses.
 
-`python -m mistral_nb_kernels.compile_report` prints the table; `--check` ends with 1 where a kernel spills, takes more
-shared memory than its architecture has, or lacks an instruction that it is there for. What is compiled is what is
+`python -m mistral_nb_kernels.compile_report` prints the table and ends with 1 where a kernel spills, takes more shared
+memory than its architecture has, or lacks an instruction that it is there for. What is compiled is what is
 launched: the wrappers themselves run up to the launch, on CPU tensors in Mistral-7B's layout, SmolLM2's at head_dim 64.
 """
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,9 @@ from mistral_nb_kernels import reference
 from mistral_nb_kernels.configs import Config, Row, read
 from mistral_nb_kernels.paged import PagedKV, Rows
 
-__all__ = ["SHARED_MEMORY", "Compiled", "markdown", "problems", "report"]
+__all__ = ["SHARED_MEMORY", "Compiled", "markdown", "problems", "report", "with_table"]
+
+START, END = "<!-- compiled -->", "<!-- /compiled -->"
 
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may have, by compute capability (CUDA programming guide, compute capabilities)."""
@@ -91,7 +94,7 @@ def _launches(row: Row, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     """Each form of an op by name."""
     hq, hkv = HEADS[row.head_dim]
     packed = torch.zeros(2, hq + 2 * hkv, row.head_dim, dtype=dtype)
-    q, k, v = packed.split((hq, hkv, hkv), dim=1)
+    q, k, v = packed[:, :hq], packed[:, hq : hq + hkv], packed[:, hq + hkv :]
     pool = torch.zeros(2, 2, hkv, PAGE, row.head_dim, dtype=dtype)
     kv = PagedKV(pool[0], pool[1], torch.zeros(2, TOKENS // PAGE, dtype=torch.int32))
     cos, sin = reference.rope_table(TOKENS, row.head_dim, 1e6)
@@ -102,10 +105,9 @@ def _launches(row: Row, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     elif row.op == "prefill_attention":
         from mistral_nb_kernels.attention import prefill_attention
 
-        for window in (None, 64):
-            rows = Rows.of((1, 1), (1, 1))
-            name = "window" if window else ""
-            yield name, lambda window=window, rows=rows: prefill_attention(q, rows, kv, window, config=row.config)
+        rows = Rows.of((1, 1), (1, 1))
+        yield "", lambda: prefill_attention(q, rows, kv, config=row.config)
+        yield "window", lambda: prefill_attention(q, rows, kv, 64, config=row.config)
     else:
         yield from _decodes(q, k, v, cos, sin, kv, row)
 
@@ -196,30 +198,51 @@ def problems(compiled: list[Compiled]) -> list[str]:
 
 
 def markdown(compiled: list[Compiled]) -> str:
-    """The table, one kernel a line."""
+    """The table: of a kernel's forms the most registers, spills and memory, and the fewest of the instructions."""
     lines = [
-        "| kernel | arch | head_dim | dtype | warps x stages | tile | registers | spills | shared, KiB "
-        "| matrix | async | 16 B loads | measured |",
+        "| kernel | sm | head_dim | dtype | warps x stages | tile | registers | spills | shared, KiB "
+        "| matrix | async | 16 B loads | timed |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    forms: dict[tuple[object, ...], list[Compiled]] = {}
     for x in compiled:
+        forms.setdefault((x.kernel, x.arch, x.head_dim, x.dtype, x.config), []).append(x)
+    for group in forms.values():
+        x = group[0]
         tile = " x ".join(str(size) for size in (x.config.block_m, x.config.block_n) if size)
+        registers, spills, shared = (max(getattr(y, n) for y in group) for n in ("registers", "spills", "shared"))
+        matrix, copies, wide = (min(getattr(y, n) for y in group) for n in ("matrix", "asynchronous", "wide_loads"))
         lines.append(
-            f"| {x.kernel.removesuffix('_kernel')} {x.variant}| sm_{x.arch} | {x.head_dim} | {x.dtype} "
-            f"| {x.config.warps} x {x.config.stages} | {tile} | {x.registers} | {x.spills} | {x.shared / 1024:.1f} "
-            f"| {x.matrix} | {x.asynchronous} | {x.wide_loads} | {x.measured or 'no'} |"
+            f"| {x.kernel.removesuffix('_kernel')} | {x.arch} | {x.head_dim} | {x.dtype} "
+            f"| {x.config.warps} x {x.config.stages} | {tile} | {registers} | {spills} | {shared / 1024:.1f} "
+            f"| {matrix} | {copies} | {wide} | {x.measured or 'no'} |"
         )
     return "\n".join(lines)
 
 
+def with_table(readme: str, compiled: list[Compiled]) -> str:
+    """`readme` with the table between its marks made anew."""
+    import triton
+
+    head, _, rest = readme.partition(START)
+    return f"{head}{START}\nBy triton {triton.__version__}.\n\n{markdown(compiled)}\n{END}{rest.partition(END)[2]}"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="end with 1 where something is wrong")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", type=Path, help="end with 1 where the code is wrong or this README is out of date")
+    parser.add_argument("--write", type=Path, help="rewrite this README's table")
+    args = parser.parse_args()
     compiled = report()
-    print(markdown(compiled))
     wrong = problems(compiled)
+    if args.write:
+        args.write.write_text(with_table(args.write.read_text(), compiled))
+    elif args.check and args.check.read_text() != with_table(args.check.read_text(), compiled):
+        wrong.append(f"{args.check} is out of date: run `make kernels-readme`")
+    else:
+        print(markdown(compiled))
     print(*wrong, sep="\n", file=sys.stderr)
-    return int(parser.parse_args().check and bool(wrong))
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -116,21 +116,21 @@ def test_great_scores_do_not_overflow(make_kv: MakeKV, exact: Exact) -> None:
 def test_pages_past_two_to_the_31_elements(exact: Exact) -> None:
     far = 2**31
     storage = torch.empty(far + 2**15, dtype=torch.float16)
-    shape, strides = (2, 1, 16, 64), (far, 1024, 64, 1)
+    shape, strides = (3, 1, 16, 64), (far // 2, 1024, 64, 1)
     kv = PagedKV(
         storage.as_strided(shape, strides),
         storage.as_strided(shape, strides, 4096),
-        torch.tensor([[1]], dtype=torch.int32),
+        torch.tensor([[2]], dtype=torch.int32),
     )
-    kv.k[1].normal_(), kv.v[1].normal_()
+    kv.k[2].normal_(), kv.v[2].normal_()
     q, k, v = (torch.randn(1, 1, 64).half() for _ in range(3))
     cos, sin = reference.rope_table(16, 64, 1e4)
     lengths = torch.tensor([9], dtype=torch.int32)
     got = kernels.rope_decode_attention(q, k, v, cos, sin, lengths, kv, config=CONFIG)
-    near = PagedKV(kv.k[1:].clone(), kv.v[1:].clone(), torch.zeros(1, 1, dtype=torch.int32))
+    near = PagedKV(kv.k[2:].clone(), kv.v[2:].clone(), torch.zeros(1, 1, dtype=torch.int32))
     exact(
         got,
         reference.decode_attention(reference.rope(q, cos[8:9], sin[8:9]), lengths, near),
         reference.decode_attention(reference.rope(q, cos[8:9], sin[8:9]).double(), lengths, double(near)),
     )
-    assert torch.equal(kv.v[1, 0, 8], v[0, 0])
+    assert torch.equal(kv.v[2, 0, 8], v[0, 0])

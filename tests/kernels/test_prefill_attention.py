@@ -78,16 +78,16 @@ def test_a_row_gets_the_same_however_the_prompt_is_cut(make_kv: MakeKV, window: 
 def test_pages_and_rows_past_two_to_the_31_elements(exact: Exact) -> None:
     far = 2**31
     storage = torch.empty(far + 2**15, dtype=torch.float16)
-    shape, strides = (2, 1, 16, 64), (far, 1024, 64, 1)
+    shape, strides = (3, 1, 16, 64), (far // 2, 1024, 64, 1)
     kv = PagedKV(
         storage.as_strided(shape, strides),
         storage.as_strided(shape, strides, 4096),
-        torch.tensor([[1]], dtype=torch.int32),
+        torch.tensor([[2]], dtype=torch.int32),
     )
-    kv.k[1].normal_(), kv.v[1].normal_()
+    kv.k[2].normal_(), kv.v[2].normal_()
     q = storage.as_strided((3, 1, 64), (far // 2, 64, 1), 2**14)
     q.copy_(torch.randn(3, 1, 64))
-    near = PagedKV(kv.k[1:].clone(), kv.v[1:].clone(), torch.zeros(1, 1, dtype=torch.int32))
+    near = PagedKV(kv.k[2:].clone(), kv.v[2:].clone(), torch.zeros(1, 1, dtype=torch.int32))
     rows = Rows.of((3,), (9,))
     exact(
         prefill_attention(q, rows, kv, config=CONFIG),

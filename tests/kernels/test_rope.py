@@ -83,11 +83,11 @@ def test_pages_and_rows_past_two_to_the_31_elements() -> None:
     """Only what is touched of the storage takes memory."""
     far = 2**31
     storage = torch.empty(far + 2**17, dtype=torch.float16)
-    shape, strides = (2, 1, 16, 64), (far, 1024, 64, 1)
+    shape, strides = (3, 1, 16, 64), (far // 2, 1024, 64, 1)
     kv = PagedKV(
         storage.as_strided(shape, strides),
         storage.as_strided(shape, strides, 4096),
-        torch.tensor([[0, 1]], dtype=torch.int32),
+        torch.tensor([[0, 2]], dtype=torch.int32),
     )
     q, k, v = (
         storage.as_strided((3, heads, 64), (far // 2, 64, 1), 2**16 + at) for heads, at in ((2, 0), (1, 128), (1, 192))
@@ -99,5 +99,5 @@ def test_pages_and_rows_past_two_to_the_31_elements() -> None:
     turned = rope_write(q, k, v, cos, sin, rows, kv, config=CONFIG)
     angles = cos[15:18], sin[15:18]
     torch.testing.assert_close(turned, reference.rope(q, *angles), atol=2e-3, rtol=1e-3)
-    assert torch.equal(kv.v[1, :, :2], v[1:].transpose(0, 1))
-    torch.testing.assert_close(kv.k[1, :, :2], reference.rope(k, *angles)[1:].transpose(0, 1), atol=2e-3, rtol=1e-3)
+    assert torch.equal(kv.v[2, :, :2], v[1:].transpose(0, 1))
+    torch.testing.assert_close(kv.k[2, :, :2], reference.rope(k, *angles)[1:].transpose(0, 1), atol=2e-3, rtol=1e-3)

@@ -71,7 +71,7 @@ def decode_case(
     """One token of each of `batch` sequences of t tokens: un-rotated q, k, v, as the engine decodes."""
     hq, hkv = HEADS[head_dim]
     packed = torch.randn(batch, hq + 2 * hkv, head_dim, dtype=dtype, device="cuda")
-    q, k, v = packed.split((hq, hkv, hkv), dim=1)
+    q, k, v = packed[:, :hq], packed[:, hq : hq + hkv], packed[:, hq + hkv :]
     cos, sin = reference.rope_table(t, head_dim, THETA, "cuda")
     lengths = torch.full((batch,), t, dtype=torch.int32, device="cuda")
     seen = batch * min(t, window or t)
@@ -84,7 +84,7 @@ def rope_case(t: int, head_dim: int, page: int, dtype: torch.dtype = torch.bfloa
     """RoPE and the KV write of a prompt of t tokens."""
     hq, hkv = HEADS[head_dim]
     packed = torch.randn(t, hq + 2 * hkv, head_dim, dtype=dtype, device="cuda")
-    q, k, v = packed.split((hq, hkv, hkv), dim=1)
+    q, k, v = packed[:, :hq], packed[:, hq : hq + hkv], packed[:, hq + hkv :]
     cos, sin = reference.rope_table(t, head_dim, THETA, "cuda")
     traffic = 2 * packed.numel() * dtype.itemsize + 2 * t * head_dim // 2 * 4
     inputs = (q, k, v, cos, sin, Rows.of((t,), (t,), "cuda"), paged(1, t, head_dim, page, dtype))

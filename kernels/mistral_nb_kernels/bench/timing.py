@@ -75,10 +75,11 @@ def read_ceiling() -> float:
     """GB/s that a kernel which only reads 2 GiB gets from device memory."""
     x = torch.randint(0, 1000, (2**29,), dtype=torch.int32, device="cuda")
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    best = min(
-        time_calls([lambda block=block: _read_kernel[(2**29 // block,)](x, out, BLOCK=block, num_warps=8)]).ms
-        for block in (4096, 8192, 16384)
-    )
+
+    def read(block: int) -> Callable[[], Any]:
+        return lambda: _read_kernel[(2**29 // block,)](x, out, BLOCK=block, num_warps=8)
+
+    best = min(time_calls([read(block)]).ms for block in (4096, 8192, 16384))
     return 2**31 / best / 1e6
 
 
