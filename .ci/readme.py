@@ -26,6 +26,7 @@ NOTES = {
     "constraints.txt": "the exact versions that are tested",
     "pyproject.toml": "packages, dependencies, and the settings of ruff, mypy and pytest",
     "kernels/README.md": "the ops: math, shapes, bytes and FLOPs, and what their machine code uses",
+    "kernels/results/NOTES.md": "what was expected of each tuning step, and what came of it",
     "kernels/mistral_nb_kernels/configs.json": "how each kernel is cut up on each architecture",
     "examples/answer.png": "the picture above",
     "mistral_nb/server/static/playground.html": "the page that a browser gets from a server",

@@ -47,8 +47,8 @@ class Choice:
 
     def __str__(self) -> str:
         if self.config is None:
-            return f"{self.op}: torch ({self.why})"
-        return f"{self.op}: Triton ({'measured on ' + self.measured if self.measured else 'unmeasured'})"
+            return f"torch ({self.why})"
+        return f"Triton ({'measured on ' + self.measured if self.measured else 'unmeasured'})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,11 @@ class Ops:
     choices: tuple[Choice, ...]
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.choices))
+        """What runs which ops, such as "Triton (unmeasured): rope_write, decode_attention"."""
+        ops: dict[str, list[str]] = {}
+        for choice in self.choices:
+            ops.setdefault(str(choice), []).append(choice.op)
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in ops.items())
 
 
 Asked = Literal["auto", "torch", "triton"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,18 @@ Exact = Callable[[Tensor, Tensor, Tensor], None]
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers each time, and Triton's interpreter for its own modules too, of which it imports some late."""
+    """The same numbers each time, Triton's interpreter for its own modules too, of which it imports some late, and NaN
+    in every new tensor: what a kernel forgets to write shows.
+    """
     torch.manual_seed(0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    empty = torch.empty
+
+    def poisoned(*size: Any, **how: Any) -> Tensor:
+        new = empty(*size, **how)
+        return new.fill_(torch.nan) if new.is_floating_point() else new
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

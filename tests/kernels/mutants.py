@@ -117,6 +117,11 @@ MUTANTS = (
         "rows of the next sequence written", "inside = (row < rows)[:, None]", "inside = (row < rows + 1)[:, None]"
     ),
     prefill("offsets in 32 bits", "(first_row + row).to(tl.int64)[:, None]", "(first_row + row)[:, None]"),
+    prefill(
+        "last tile of rows left out",
+        "triton.cdiv(rows.longest, config.block_m)",
+        "max(1, rows.longest // config.block_m)",
+    ),
     tiles(
         "page table ignored",
         "page = tl.load(table + tl.maximum(tl.minimum(at, last), 0) // PAGE)",

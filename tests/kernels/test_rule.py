@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mistral_nb_kernels
-from mistral_nb_kernels import PagedKV, Rows, choose, configs, reference, rule
+from mistral_nb_kernels import Ops, PagedKV, Rows, choose, configs, reference, rule
 from mistral_nb_kernels.configs import Config, Row, config_for
 
 
@@ -39,12 +39,17 @@ def test_triton_asked_for_by_name_is_never_replaced() -> None:
 
 def test_a_user_is_told_what_runs_and_what_nobody_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = choose(torch.device("cpu"), 64, torch.float32)
-    assert str(ops).startswith("rope_write: torch (no NVIDIA GPU with Triton); prefill_attention: torch")
+    assert str(ops) == "torch (no NVIDIA GPU with Triton): " + ", ".join(mistral_nb_kernels.MODULES)
     assert ops.decode_attention is reference.decode_attention
+    old = str(Ops(*[lambda: torch.empty(0)] * 4, tuple(rule(75, 128, torch.float16, "auto"))))
+    assert old == (
+        "Triton (unmeasured): rope_write, decode_attention, rope_decode_attention; "
+        "torch (no kernel for head_dim 128 in torch.float16 on sm_75): prefill_attention"
+    )
     table = (Row("rope_write", 90, 64, 16, Config(warps=4), "a card"),)
     monkeypatch.setattr(configs, "_table", lambda: table)
-    assert str(rule(90, 64, torch.float16, "auto")[0]) == "rope_write: Triton (measured on a card)"
-    assert str(rule(103, 64, torch.float16, "auto")[0]) == "rope_write: Triton (unmeasured)"
+    assert str(rule(90, 64, torch.float16, "auto")[0]) == "Triton (measured on a card)"
+    assert str(rule(103, 64, torch.float16, "auto")[0]) == "Triton (unmeasured)"
 
 
 def test_the_table_is_complete_and_survives_a_rewrite(tmp_path: Path) -> None:
