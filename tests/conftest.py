@@ -18,8 +18,8 @@ FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "IPYTHONDIR", "JUPYTE
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels run under Triton's interpreter, which its first import decides; on a GPU they run as they are."""
-    if "gpu" not in config.option.markexpr:
+    """Kernels run under Triton's interpreter, which its first import decides; with `-m gpu` they run as they are."""
+    if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -68,12 +68,13 @@ def chromium() -> str:
     return path
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked or (has_gpu() and config.option.markexpr == "gpu"):
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that torch sees"))
+    reason = "kernels are interpreted here: make gpu" if has_gpu() else "no NVIDIA GPU that torch sees"
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def has_gpu() -> bool:

@@ -83,9 +83,10 @@ def _compile_row(row: Row) -> list[Compiled]:
         for kernel in kernels:
             prefills = kernel.name == "prefill_kernel"
             usage = _read_cubin(kernel.asm["cubin"], MATRIX.get(row.arch, "HMMA") if prefills else "HMMA")
+            config = row.config if kernel.name != "combine_kernel" else Config(kernel.metadata.num_warps)
             facts = (kernel.name, row.arch, row.head_dim, str(dtype).removeprefix("torch."), variant)
             found.append(
-                Compiled(*facts, row.config, row.measured, shared=kernel.metadata.shared, **usage)  # type: ignore[arg-type]
+                Compiled(*facts, config, row.measured, shared=kernel.metadata.shared, **usage)  # type: ignore[arg-type]
             )
     return found
 

@@ -31,7 +31,7 @@ from mistral_nb_kernels.tiles import page_start, scores, softmax_step, weigh
 
 __all__ = ["combine_kernel", "decode_attention", "rope_decode_attention", "split_kernel"]
 
-COMBINED = 16
+COMBINED = 64
 """Splits that the combining step adds at a time."""
 
 
@@ -276,6 +276,6 @@ def _attend(
         SPLIT=config.split,
         BLOCK=COMBINED,
         WINDOWED=window is not None,
-        num_warps=4,
+        num_warps=8,
     )
     return out

@@ -7,8 +7,8 @@ The pairing is half-split, everywhere; loaders permute checkpoints that pair nei
 rotated, k [n, hkv, d] goes rotated and v as it is to the pages. Rows may be strided views of one packed projection.
 Angles come from `rope_table`: fp32, so that 32k positions keep their phase, with the model's theta and scaling.
 
-Fused because the KV write alone would read and write k and v again: 2 (hq + 2 hkv) d bytes-per-element a token is the
-least, with 4 d bytes of the table. One program turns one token: every head shares its angles.
+Fused because the KV write alone would read and write k and v again. The least that a token moves is 2 (hq + 2 hkv) d
+elements and 4 d bytes of the table. One program turns one token: all heads share its angles.
 Source: Su et al., 2021 (RoFormer).
 """
 

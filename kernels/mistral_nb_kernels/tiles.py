@@ -42,8 +42,9 @@ def softmax_step(s, m, scale):
     """One step of the online softmax over scores s [m, n], -inf where masked, with the running maximum m [m].
 
     Returns the tile's weights, the new maximum, and the factor for what was summed so far. `scale` is d^-1/2 * log2(e):
-    powers are of 2. Rows that have seen nothing yet keep -inf. Source: Milakov, Gimelshein, 2018.
+    powers are of 2. Rows that have seen nothing yet keep -inf. The fused product is written out:
+    left to the compiler, two loops over the same tiles might round differently. Source: Milakov, Gimelshein, 2018.
     """
     highest = tl.maximum(m, tl.max(s, axis=1) * scale)
     pivot = tl.where(highest == float("-inf"), 0.0, highest)
-    return tl.exp2(s * scale - pivot[:, None]), highest, tl.exp2(m - pivot)
+    return tl.exp2(tl.fma(s, scale, -pivot[:, None])), highest, tl.exp2(m - pivot)

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 from torch.nn.attention import SDPBackend  # noqa: E402
 
 import mistral_nb_kernels  # noqa: E402
-from mistral_nb_kernels import Ops, PagedKV, Rows, reference  # noqa: E402
+from mistral_nb_kernels import Ops, PagedKV, Rows, configs, reference, tune  # noqa: E402
 from mistral_nb_kernels.bench.attention_cases import (  # noqa: E402
     Case,
     decode_case,
@@ -42,6 +42,7 @@ from mistral_nb_kernels.bench.timing import (  # noqa: E402
     rotation,
     time_calls,
 )
+from mistral_nb_kernels.configs import Config  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -170,6 +171,17 @@ def test_one_graph_serves_every_length() -> None:
         graph.replay()
         replayed = out.clone()
         assert torch.equal(replayed, decode(q, k, v, cos, sin, lengths, kv)), now
+
+
+def test_the_tuner_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "configs.json"
+    monkeypatch.setattr(tune, "candidates", lambda op: iter((Config(2), Config(8))))
+    monkeypatch.setattr(sys, "argv", ["tune", "--op", "rope_write", "--head-dim", "64", "--out", str(out)])
+    tune.main()
+    (row,) = (row for row in configs.read(out) if row not in configs.read())
+    assert (row.op, row.head_dim, row.bits) == ("rope_write", 64, 16)
+    assert row.config in (Config(2), Config(8))
+    assert (row.measured or "").startswith(torch.cuda.get_device_name())
 
 
 SANITIZED = """
