@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,28 @@ def test_a_user_is_told_what_runs_and_what_nobody_measured(monkeypatch: pytest.M
     monkeypatch.setattr(configs, "_table", lambda: table)
     assert str(rule(90, 64, torch.float16, "auto")[0]) == "Triton (measured on a card)"
     assert str(rule(103, 64, torch.float16, "auto")[0]) == "Triton (unmeasured)"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_a_gpu_gets_its_architectures_kernels(
+    capability: tuple[int, int], make_kv: Callable[..., PagedKV], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound once to their config, and run here under the interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ops = choose(torch.device("cuda"), 64, torch.float16)
+    arch = 10 * capability[0] + capability[1]
+    row = config_for("decode_attention", arch, 64, torch.float16)
+    for op in (ops.decode_attention, ops.rope_decode_attention):
+        assert isinstance(op, functools.partial)
+        assert row is not None
+        assert op.keywords == {"config": row.config, "dot": arch >= 80}
+    assert (ops.prefill_attention is reference.prefill_attention) == (arch == 75)
+    kv, q = make_kv((70, 3), 1, 64, 64, torch.float16), torch.randn(2, 3, 64).half()
+    rows = Rows.of((1, 1), (70, 3))
+    expected = reference.decode_attention(q, rows.lengths, kv)
+    torch.testing.assert_close(ops.decode_attention(q, rows.lengths, kv), expected, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(ops.prefill_attention(q, rows, kv), expected, atol=2e-3, rtol=1e-2)
 
 
 def test_the_table_is_complete_and_survives_a_rewrite(tmp_path: Path) -> None:
