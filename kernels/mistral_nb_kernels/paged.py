@@ -22,8 +22,8 @@ class PagedKV:
     """One layer's pages. k, v [pages, n_kv_heads, page, d] with the same strides; table [batch, most] int32.
 
     `page` is a power of two from 16 up, and d is contiguous. A tile of keys never crosses a page: 64 tokens are enough
-    for every shipped config, fewer make its tiles smaller. Of the table only the entries that a sequence's length covers
-    are read.
+    for every shipped config, fewer make its tiles smaller. Of the table only the entries that a sequence's length
+    covers are read.
     """
 
     k: Tensor
