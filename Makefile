@@ -1,11 +1,13 @@
 # Every target sets itself up: it needs make and Python 3.11 or newer (with venv), nothing else.
 #   make PYTHON=python3.12 test      another interpreter
 #   make test ARGS="-k magics -x"    arguments for pytest, the demo or the benchmark
+#   make test WORKERS=0              the tests in one process, as a debugger wants it; 2 share the CPUs otherwise
 
-PYTHON ?= python3
-VENV   ?= .venv
-ARGS   ?=
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+VENV    ?= .venv
+ARGS    ?=
+WORKERS ?= 2
+BIN     := $(VENV)/bin
 
 .PHONY: help demo test check format lab bench mutants kernels kernels-readme gpu clean
 
@@ -24,7 +26,7 @@ demo: $(VENV)/.demo
 	MISTRAL_NB_BACKEND=local MISTRAL_NB_MODEL=embedded $(BIN)/python -m mistral_nb demo examples/quickstart.ipynb $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

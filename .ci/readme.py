@@ -16,7 +16,27 @@ from mistral_nb.types import FIELDS
 from mistral_nb_magics.options import OPTION_FIELDS, flag
 
 ROOT = Path(__file__).resolve().parent.parent
+CHAT = "magics/mistral_nb_magics/chat/static/"
+CHAT_NOTES = {
+    "attach.js": "the menu of variables, cells and the last error, and `{{name}}` in the text",
+    "blocks.js": "an answer's blocks: markup changed where it differs, and code as text with coloured runs",
+    "chat.css": "the chat and its bar",
+    "chat.js": "one view of a chat, and the module that anywidget loads",
+    "composer.css": "the composer, and the lines above it",
+    "composer.js": "what is typed, what goes with it, and the keys that send, stop and recall",
+    "dom.js": "elements, icons, the clipboard and downloads",
+    "header.js": "the bar above the conversation",
+    "keep.js": "the chat as a file that the page makes itself, where there is no kernel to make it",
+    "menus.js": "menus of buttons, by click and by key",
+    "notebook.js": "the notebook around the chat: its kernel's state, its cells and outputs",
+    "store.js": "what a chat shows, from snapshots, turns and patches",
+    "text.css": "the text of an answer",
+    "transcript.css": "the conversation",
+    "turns.js": "rows of one question with its answer, or its answers side by side",
+    "wire.js": "the line to the kernel: numbered messages and their answers",
+}
 NOTES = {
+    **{CHAT + name: text for name, text in CHAT_NOTES.items()},
     ".ci/run": "the whole check from a clean checkout",
     ".gitignore": "what git leaves out",
     "CHANGELOG.md": "what changed, by version",
@@ -29,6 +49,8 @@ NOTES = {
     "kernels/results/NOTES.md": "what was expected of each tuning step, and what came of it",
     "kernels/mistral_nb_kernels/configs.json": "how each kernel is cut up on each architecture",
     "examples/answer.png": "the picture above",
+    "examples/chat-dark.png": "a chat that compares, from the browser tests",
+    "examples/chat-light.png": "a chat, from the browser tests",
     "mistral_nb/server/static/playground.html": "the page that a browser gets from a server",
     "examples/quickstart.ipynb": "the first ten minutes, executed in the tests",
 }

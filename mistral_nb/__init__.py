@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mistral_nb.answer import Answer, Result, Timings
     from mistral_nb.asking import ask, stream
     from mistral_nb.binding import AI
+    from mistral_nb.chat import ChatBusy, ChatError, Choice, Conversation
     from mistral_nb.errors import (
         AdapterError,
         AuthenticationError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         UnknownModel,
     )
     from mistral_nb.types import Chunk, Description, Function, GenerationRequest, Message, Usage
+    from mistral_nb_magics.chat.widget import Chat
 
 __all__ = [
     "AI",
@@ -45,10 +47,15 @@ __all__ = [
     "Answer",
     "AuthenticationError",
     "BackendError",
+    "Chat",
+    "ChatBusy",
+    "ChatError",
+    "Choice",
     "Chunk",
     "ConfigurationError",
     "ConnectionFailed",
     "ContextOverflow",
+    "Conversation",
     "Description",
     "EngineBusy",
     "EngineCrashed",
@@ -80,7 +87,9 @@ _HOMES = {
     "mistral_nb.answer": ("Answer", "Result", "Timings"),
     "mistral_nb.asking": ("ask", "stream"),
     "mistral_nb.binding": ("AI",),
+    "mistral_nb.chat": ("ChatBusy", "ChatError", "Choice", "Conversation"),
     "mistral_nb.types": ("Chunk", "Description", "Function", "GenerationRequest", "Message", "Usage"),
+    "mistral_nb_magics.chat.widget": ("Chat",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

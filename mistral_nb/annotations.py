@@ -14,7 +14,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Fields", "fields_of", "fitted", "underlying"]
+__all__ = ["OF_JSON", "Fields", "fields_of", "fitted", "places_of", "said", "underlying"]
+
+OF_JSON = (str, int, float, bool, types.NoneType)
 
 _NAMES = {
     int: "a whole number",
@@ -28,8 +30,9 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fields:
-    """What a class of data is made from: the annotation of each field, and the fields that must be given."""
+    """What a class of data is made from: the class, the annotation of each field, and the fields that must be given."""
 
+    kind: Any
     hints: Mapping[str, Any]
     required: Sequence[str]
 
@@ -47,21 +50,49 @@ def underlying(hint: Any) -> Any:
             return types.NoneType if hint is None else hint
 
 
+def said(choice: Any) -> Any:
+    """How JSON says one of some choices: a member of an Enum by its value, or by its name where JSON has no such value.
+
+    Any other choice as it is.
+    """
+    if isinstance(choice, enum.Enum):
+        return choice.value if type(choice.value) in OF_JSON else choice.name
+    return choice
+
+
 def fields_of(hint: Any) -> Fields | None:
-    """The fields of a dataclass, a NamedTuple or a TypedDict; None for all else."""
-    if typing.is_typeddict(hint):
-        names, required = list(hint.__annotations__), hint.__required_keys__
-    elif isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_field_defaults")):
-        parameters = inspect.signature(hint).parameters
+    """The fields of a dataclass, a NamedTuple or a TypedDict, generic ones too; None for all else."""
+    kind = typing.get_origin(hint) or hint
+    if typing.is_typeddict(kind):
+        names, required = list(kind.__annotations__), kind.__required_keys__
+    elif isinstance(kind, type) and (dataclasses.is_dataclass(kind) or hasattr(kind, "_field_defaults")):
+        parameters = inspect.signature(kind).parameters
         names = list(parameters)
         required = {name for name, each in parameters.items() if each.default is each.empty}
     else:
         return None
     try:
-        hints = typing.get_type_hints(hint, include_extras=True)
+        known = dict(zip(getattr(kind, "__parameters__", ()), typing.get_args(hint), strict=False))
+        plain = typing.get_type_hints(kind, include_extras=True)
+        hints = {name: _substituted(each, known) for name, each in plain.items()}
     except Exception:  # the user's own expressions may fail in any way; then the fields are not checked
         hints = {}
-    return Fields({name: hints.get(name, Any) for name in names}, [name for name in names if name in required])
+    return Fields(kind, {name: hints.get(name, Any) for name in names}, [name for name in names if name in required])
+
+
+def places_of(hint: Any) -> tuple[Any, ...] | None:
+    """The types of a tuple of a fixed length, one for each place; None for all else."""
+    inner = typing.get_args(hint)
+    fixed = typing.get_origin(hint) is tuple and hint is not typing.Tuple and inner[-1:] != (Ellipsis,)  # noqa: UP006
+    return inner if fixed else None
+
+
+def _substituted(hint: Any, known: Mapping[Any, Any]) -> Any:
+    """The annotation of a generic class's field with the types that `known` gives for its variables."""
+    if isinstance(hint, typing.TypeVar):
+        return known.get(hint, Any)
+    variables = getattr(hint, "__parameters__", ()) if typing.get_origin(hint) else ()
+    return hint[tuple(known.get(each, Any) for each in variables)] if variables else hint
 
 
 def fitted(value: Any, hint: Any, where: str) -> Any:
@@ -77,16 +108,13 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _any_of(value, inner, where)
     if origin is typing.Literal:
-        # 1 == True, but they are not the same choice
-        if any(value == choice and type(value) is type(choice) for choice in inner):
-            return value
-        raise TypeError(f"{where} must be one of {', '.join(map(repr, inner))}, not {value!r}")
+        return _chosen(value, inner, where)
     if hint is types.NoneType:
         return _expect(value, value is None, where, "null")
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return _member(value, hint, where)
+        return _chosen(value, list(hint), where)
     if fields := fields_of(hint):
-        return _made(value, hint, fields, where)
+        return _made(value, fields, where)
     base = origin or hint
     if base is float:
         return _float(value, where)
@@ -95,10 +123,10 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
             value, isinstance(value, base) and isinstance(value, bool) == (base is bool), where, _NAMES[base]
         )
     if base in (list, tuple, set, frozenset, Sequence, Iterable):
-        return _items(value, base, inner, where)
+        return _items(value, hint, where)
     if base in (dict, Mapping):
         _expect(value, isinstance(value, dict), where, _NAMES[dict])
-        return _entries(value, inner, where) if inner else value
+        return _entries(value, inner, where) if len(inner) == 2 else value
     return value
 
 
@@ -118,7 +146,10 @@ def _float(value: Any, where: str) -> float:
 
 
 def _any_of(value: Any, hints: Sequence[Any], where: str) -> Any:
-    """The value as the first of `hints` that it fits; one that it fits as it is comes first."""
+    """The value as the first of `hints` that it fits.
+
+    One that makes a class of the user's of it comes before the others, and then one that it fits as it is.
+    """
     fits: list[Any] = []
     problems: list[str] = []
     for hint in hints:
@@ -126,33 +157,33 @@ def _any_of(value: Any, hints: Sequence[Any], where: str) -> Any:
             fits.append(fitted(value, hint, where))
         except TypeError as error:
             problems.append(str(error))
-    for each in fits:
-        if type(each) is type(value):
-            return each
     if fits:
-        return fits[0]
+        return max(fits, key=lambda fit: (type(fit).__module__ != "builtins", type(fit) is type(value)))
     raise TypeError("; or ".join(problems))
 
 
-def _member(value: Any, hint: type[enum.Enum], where: str) -> Any:
-    """The member of an Enum with this value, or else with this name."""
-    for member in hint:
-        if member.value == value and type(member.value) is type(value):
-            return member
-    if isinstance(value, str) and value in hint.__members__:
-        return hint[value]
-    raise TypeError(f"{where} must be one of {', '.join(repr(member.value) for member in hint)}, not {value!r}")
+def _chosen(value: Any, choices: Sequence[Any], where: str) -> Any:
+    """The choice that is the value; of an Enum's members the one with this value, or else with this name."""
+    for each in choices:
+        plain = each.value if isinstance(each, enum.Enum) else each
+        if plain == value and type(plain) is type(value):  # 1 == True, but they are not the same choice
+            return each
+    for each in choices:
+        if isinstance(each, enum.Enum) and isinstance(value, str) and type(each).__members__.get(value) is each:
+            return each
+    told = ", ".join(repr(said(each)) for each in choices)
+    raise TypeError(f"{where} must be one of {told}, not {value!r}")
 
 
-def _made(value: Any, kind: Any, fields: Fields, where: str) -> Any:
-    """A `kind` of an object's entries."""
+def _made(value: Any, fields: Fields, where: str) -> Any:
+    """An object of the class, of an object's entries."""
     _expect(value, isinstance(value, dict), where, _NAMES[dict])
     missing = [name for name in fields.required if name not in value]
     unknown = [name for name in value if name not in fields.hints]
     if missing or unknown:
         problem = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
         raise TypeError(f"{where} {problem}; it takes {', '.join(fields.hints)}")
-    return kind(**{name: fitted(each, fields.hints[name], f"{where}.{name}") for name, each in value.items()})
+    return fields.kind(**{name: fitted(each, fields.hints[name], f"{where}.{name}") for name, each in value.items()})
 
 
 def _entries(value: Mapping[str, Any], inner: Sequence[Any], where: str) -> dict[Any, Any]:
@@ -179,13 +210,12 @@ def _key(name: str, hint: Any, where: str) -> Any:
         return fitted(said, hint, place)
 
 
-def _items(value: Any, base: Any, inner: Sequence[Any], where: str) -> Any:
+def _items(value: Any, hint: Any, where: str) -> Any:
+    base, inner, places = typing.get_origin(hint) or hint, typing.get_args(hint), places_of(hint)
     _expect(value, isinstance(value, list), where, _NAMES[list])
-    if base is tuple and inner and inner[-1] is not Ellipsis:
-        _expect(value, len(value) == len(inner), where, f"a list of {len(inner)}")
-        hints: Sequence[Any] = inner
-    else:
-        hints = [inner[0] if inner else Any] * len(value)
+    if places is not None:
+        _expect(value, len(value) == len(places), where, f"a list of {len(places)}")
+    hints = places if places is not None else [inner[0] if inner else Any] * len(value)
     items = [
         fitted(each, hint, f"{where}[{index}]") for index, (each, hint) in enumerate(zip(value, hints, strict=True))
     ]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mistral_nb.answer import Result
-from mistral_nb.calling import CallRecord, Toolbox, sendable
+from mistral_nb.calling import CallRecord, Toolbox, refused, sendable
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import MAX_TEXT, GenerationRequest, Message
 
@@ -17,6 +17,8 @@ __all__ = ["MAX_ROUNDS", "Rounds", "check_rounds"]
 
 MAX_ROUNDS = 4
 MOST_ROUNDS = 999
+MAX_CALLS = 16
+"""Calls of one answer that are run."""
 
 
 class Rounds:
@@ -74,11 +76,17 @@ class Rounds:
         """Run the calls of an answer, `show` each, and make the next request. False when there were none to run.
 
         `text` is what the answer says beside its calls: an assistant's turn before the turn of the calls, which leaves
-        the arguments out where they do not fit a turn.
+        the arguments out where they do not fit a turn. Of more than `MAX_CALLS` calls the first are run, and one record
+        has the error for all others.
         """
         if not calls or self.request.functions is None:
             return False
-        records = [self._run(call, show) for call in calls]
+        records = [self._run(call, show) for call in calls[:MAX_CALLS]]
+        if len(calls) > MAX_CALLS:
+            problem = f"too many calls in one answer: {MAX_CALLS} of {len(calls)} were run; ask for fewer"
+            records.append(refused(calls[MAX_CALLS], problem))
+            self.records.append(records[-1])
+            show(str(records[-1]))
         said = _as_calls([(each.name, each.arguments) for each in records])
         if len(said) > MAX_TEXT:
             said = _as_calls([(each.name, {}) for each in records])

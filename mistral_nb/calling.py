@@ -8,6 +8,7 @@ which the model reads and may answer to.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import enum
@@ -20,12 +21,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mistral_nb.annotations import said
 from mistral_nb.callables import bound, code_of, name_of
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.functions import parse_calls
 from mistral_nb.types import MAX_NAME, Function
 
-__all__ = ["CallRecord", "Toolbox", "offered", "sendable"]
+__all__ = ["CallRecord", "Toolbox", "offered", "refused", "sendable"]
 
 MAX_RESULT = 16_000
 """Characters of a result that the model is given."""
@@ -34,6 +36,8 @@ MAX_ARGUMENTS = 60_000
 MAX_DEPTH = 64
 """Lists and objects within each other in a call's arguments."""
 MAX_ERROR = 2_000
+MAX_SHOWN = 2_000
+"""Characters of an argument that are shown before the call is run: its end matters as much as its start."""
 UNFINISHED = "stopped before it ended"
 
 
@@ -41,7 +45,7 @@ UNFINISHED = "stopped before it ended"
 class CallRecord:
     """One call that was run. `result` is what the function returned; `error` says what went wrong, else it is empty.
 
-    `seconds` is the time that it took. `told` is what the model is given, and `shown` the start of the result's repr.
+    `seconds` is the time that it took. `told` is what the model is given, and `shown` the result's repr, shortened.
     """
 
     name: str
@@ -55,7 +59,7 @@ class CallRecord:
     @property
     def asked(self) -> str:
         """The call in one line."""
-        given = ", ".join(f"{name}={_shortened(repr(value))}" for name, value in self.arguments.items())
+        given = ", ".join(f"{name}={_shortened(repr(value), MAX_SHOWN)}" for name, value in self.arguments.items())
         return " ".join(f"{self.name}({given})".split())
 
     @property
@@ -110,6 +114,12 @@ def offered(functions: Any) -> Any:
     if isinstance(functions, str) or not isinstance(functions, Sequence):
         return functions
     return [Toolbox([each]).offered[0] if callable(each) else each for each in functions]
+
+
+def refused(call: Mapping[str, Any], problem: str) -> CallRecord:
+    """The record of a call that is not run."""
+    name, arguments, _ = _read(call)
+    return _failed(CallRecord(name, arguments), problem)
 
 
 def _read(call: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
@@ -204,7 +214,8 @@ def _awaited(awaitable: Any) -> Any:
         begun.set()
 
     try:
-        threading.Thread(target=run, name="mistral-nb call", daemon=True).start()
+        inherited = contextvars.copy_context()
+        threading.Thread(target=inherited.run, args=(run,), name="mistral-nb call", daemon=True).start()
         return outcome.result()
     except BaseException:
         begun.wait(1)
@@ -217,9 +228,11 @@ def _awaited(awaitable: Any) -> Any:
 def _plain(value: Any) -> Any:
     """`value` as JSON can hold it, and as arguments say it; anything else as its text."""
     if isinstance(value, enum.Enum):
-        return _plain(value.value)
+        return _plain(said(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -228,7 +241,9 @@ def _plain(value: Any) -> Any:
 
 
 def _shortened(text: str, longest: int = 60) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    """`text`, without its middle where it has more than `longest` characters."""
+    half = longest // 2 - 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
 def sendable(text: str) -> str:

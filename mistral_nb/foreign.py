@@ -11,23 +11,26 @@ __all__ = ["clean", "plain", "plain_lines"]
 
 def clean(said: object, token: Secret | None = None, limit: int = 200) -> str:
     """A foreign text on one line of `limit` characters, without links, logins, control characters and the token."""
-    text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w{1,20}://\S+", "[link]", _without(token, str(said))))
+    text = _begun(str(said), token, limit)
+    text = re.sub(r"\bhf_\w+", "[token]", re.sub(r"\w{1,20}://\S+", "[link]", text))
     return _cut(" ".join(map(_without_login, _printable(text).split())), limit)
 
 
 def plain(said: str, limit: int = 200) -> str:
     """A foreign name on one line of `limit` characters, without control characters."""
-    return _cut(" ".join(_printable(said[: 2 * limit]).split()), limit)
+    return _cut(" ".join(_printable(_begun(said, None, limit)).split()), limit)
 
 
 def plain_lines(said: str, token: Secret | None = None, limit: int = 4000) -> str:
     """A foreign text in its own lines, `limit` characters, without control characters and the token."""
-    lines = _without(token, said[: 2 * limit]).splitlines()
+    lines = _begun(said, token, limit).splitlines()
     return _cut("\n".join(_printable(line).rstrip() for line in lines), limit)
 
 
-def _without(token: Secret | None, text: str) -> str:
-    return text.replace(token.reveal(), "[token]") if token else text
+def _begun(said: str, token: Secret | None, limit: int) -> str:
+    """As much of a text as may be shown of it. The token goes first: a part of it would not be known for one."""
+    text = said.replace(token.reveal(), "[token]") if token else said
+    return text.strip()[: 20 * limit]
 
 
 def _printable(text: str) -> str:

@@ -16,7 +16,7 @@ __all__ = ["Tool", "parse_calls", "tools_of"]
 
 MAX_TOOLS = 128
 MAX_CODE = 262_144
-"""Characters of all functions' code together, which take Python half a second to read."""
+"""Characters of all functions' code together, which take Python half a second to read, and at worst some two."""
 
 _NAME = re.compile(r"[\w.-]{1,64}")
 _SURROGATE = re.compile("[\ud800-\udfff]")

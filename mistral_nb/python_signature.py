@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import threading
 import types
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 from mistral_nb.type_schemas import object_schema, schema_of
@@ -37,6 +38,7 @@ _TYPES: dict[str, Any] = {
 }
 _CONTAINERS = (list, set, frozenset, Sequence, Iterable, dict, Mapping)
 _TOO_DEEP = (RecursionError, MemoryError)
+_MAX_DEPTH = 20
 
 _parsing = threading.Lock()
 
@@ -67,7 +69,7 @@ def described(function: Definition) -> tuple[str, dict[str, Any]]:
     Annotations give the types: the built-in ones, `list[T]`, `dict[str, T]`, `Optional`, unions, `Literal` and
     `Annotated` with a text. Any other, and none at all, takes every JSON value. Parameters without a default are
     required; `*args` is left out, `**kwargs` allows further arguments. Raises `ValueError` where an annotation is
-    nested too deeply.
+    nested more than 20 times.
     """
     try:
         return _described(function)
@@ -113,21 +115,27 @@ def _literal(node: ast.expr | None) -> list[Any]:
     return []
 
 
-def _type(node: ast.expr | None) -> Any:
-    """The type that an annotation names, put together without running anything; `Any` for one that is not known."""
+def _type(node: ast.expr | None, depth: int = _MAX_DEPTH) -> Any:
+    """The type that an annotation names, put together without running anything; `Any` for one that is not known.
+
+    Raises `RecursionError` for one with more than `depth` others within each other.
+    """
+    if depth < 0:
+        raise RecursionError
+    inner = functools.partial(_type, depth=depth - 1)
     match node:
         case ast.Constant(str(text)):
             try:
                 body = _parsed(text).body
             except (SyntaxError, ValueError):
                 return Any
-            return _type(body[0].value) if len(body) == 1 and isinstance(body[0], ast.Expr) else Any
+            return inner(body[0].value) if len(body) == 1 and isinstance(body[0], ast.Expr) else Any
         case ast.Constant(None):
             return None
         case ast.BinOp(_, ast.BitOr(), _):
-            return _union(map(_type, _choices(node)))
+            return _union(map(inner, _choices(node)))
         case ast.Subscript(origin, index):
-            return _generic(_name(origin), index.elts if isinstance(index, ast.Tuple) else [index])
+            return _generic(_name(origin), index.elts if isinstance(index, ast.Tuple) else [index], inner)
         case ast.Name() | ast.Attribute():
             return _TYPES.get(_name(node), Any)
     return Any
@@ -146,26 +154,25 @@ def _name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-def _generic(name: str, arguments: list[ast.expr]) -> Any:
+def _generic(name: str, arguments: list[ast.expr], inner: Callable[[ast.expr], Any]) -> Any:
+    kind = _TYPES.get(name, Any)
     if not arguments:
-        return _TYPES.get(name, Any)
+        return tuple[()] if kind is tuple else kind
     values = [value for node in arguments for value in _literal(node)]
     match name:
         case "Optional":
-            return _union([_type(arguments[0]), None])
+            return _union([inner(arguments[0]), None])
         case "Union":
-            return _union(map(_type, arguments))
+            return _union(map(inner, arguments))
         case "Literal":
             return Literal[tuple(values)] if len(values) == len(arguments) else Any
         case "Annotated":
             notes = [value for node in arguments[1:] for value in _literal(node) if isinstance(value, str)]
-            return Annotated[_type(arguments[0]), notes[0]] if notes else _type(arguments[0])
+            return Annotated[inner(arguments[0]), notes[0]] if notes else inner(arguments[0])
         case "tuple" | "Tuple":
             endless = isinstance(arguments[-1], ast.Constant) and arguments[-1].value is Ellipsis
-            inner = (_type(arguments[0]), ...) if endless else tuple(map(_type, arguments))
-            return types.GenericAlias(tuple, inner)
-    kind = _TYPES.get(name)
-    return types.GenericAlias(kind, tuple(map(_type, arguments))) if kind in _CONTAINERS else Any
+            return types.GenericAlias(tuple, (inner(arguments[0]), ...) if endless else tuple(map(inner, arguments)))
+    return types.GenericAlias(kind, tuple(map(inner, arguments))) if kind in _CONTAINERS else Any
 
 
 def _union(hints: Iterable[Any]) -> Any:

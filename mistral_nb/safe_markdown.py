@@ -19,15 +19,21 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-__all__ = ["MAX_MATH", "SCHEMES", "fenced", "is_formula", "literal", "plain_text", "safe_markdown"]
+__all__ = ["CLOSE_DOLLAR", "MAX_MATH", "SCHEMES", "fenced", "is_formula", "literal", "plain_text", "safe_markdown"]
 
 SCHEMES = frozenset({"http", "https", "mailto", "ftp"})
 MAX_MATH = 2000
+MAX_NESTING = 64
+"""A browser takes a second to typeset a formula of 900 nested groups."""
+MAX_COLUMNS = 200
+"""Every row of a table gets all of its columns: 2,000 of them in 500 rows stop a page for five seconds."""
+
 
 _LINE_ENDS = re.compile("\r\n?|[\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -56,7 +62,7 @@ _ACTIVE_TEX = re.compile(
     r"\\(?:href|url|style|class|cssId|data|require|includegraphics|mmlToken|csname|let|[gex]?def|(?:re)?new\w+)(?![a-zA-Z])"
 )
 _DOLLAR, _BACKSLASH = "<span>&#36;</span>", "<span>&#92;</span>"
-_CLOSE_DOLLAR = re.compile(r"(?<=[^\s\\$])\$(?![\d$])")
+CLOSE_DOLLAR = re.compile(r"(?<=[^\s\\$])\$(?![\d$A-Z]|(?<=[:/=]\$)[\w{])")  # nor `$PATH:$HOME`
 _DISPLAY_OPEN = re.compile(r"[ \t]*(?:[-+*]|\d{1,9}[.)])?[ \t]*(\\\[|\$\$)")
 
 
@@ -220,6 +226,7 @@ def _entities(text: str) -> str:
 
 def _neutral(text: str) -> str:
     """A run of text outside code blocks, with code spans and formulas kept and everything else made inert."""
+    text = "\n".join(map(_no_giant_table, text.split("\n"))) if text.count("|") > MAX_COLUMNS else text
     if not _SPECIAL.search(text):
         return text
     run = _Run(text)
@@ -235,6 +242,12 @@ def _neutral(text: str) -> str:
     return "".join(out)
 
 
+def _no_giant_table(line: str) -> str:
+    """The row of dashes that makes a table, unless that has more columns than a page takes in its stride."""
+    is_rule = line.count("|") > MAX_COLUMNS and not line.strip(" \t>|:-")
+    return line.replace("|", "&#124;") if is_rule else line
+
+
 class _Run:
     """A run of text and where in it code spans and formulas can end, found once so that the time stays linear."""
 
@@ -243,7 +256,7 @@ class _Run:
         self.ticks: dict[int, list[int]] = {}
         for match in re.finditer("`+", text):
             self.ticks.setdefault(len(match[0]), []).append(match.start())
-        self.dollars = [match.start() for match in _CLOSE_DOLLAR.finditer(text)]
+        self.dollars = [match.start() for match in CLOSE_DOLLAR.finditer(text)]
 
     def code_end(self, start: int, size: int) -> int | None:
         """Where the next run of `size` backticks starts."""
@@ -316,7 +329,16 @@ def is_formula(body: str) -> bool:
     """Whether it can be typeset: whole, with no sign that would end it early, and no command that makes a link."""
     if not body.strip() or set(body) & set('`$"') or body.endswith("\\") or _ACTIVE_TEX.search(body):
         return False
-    return _is_balanced(body)
+    return _is_balanced(body) and _depth(body) <= MAX_NESTING
+
+
+def _depth(body: str) -> int:
+    """How deep groups and stretched brackets are nested."""
+    steps = (
+        1 if sign in ("{", "\\left") else -1
+        for sign in re.findall(r"(?<!\\)[{}]|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])", body)
+    )
+    return max(accumulate(steps), default=0)
 
 
 def _is_balanced(body: str) -> bool:

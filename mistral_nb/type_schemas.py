@@ -9,19 +9,22 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mistral_nb.annotations import fields_of, underlying
+from mistral_nb.annotations import OF_JSON, fields_of, places_of, said, underlying
 
 __all__ = ["object_schema", "schema_of"]
 
 _SIMPLE: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", types.NoneType: "null"}
 _ARRAYS = (list, tuple, set, frozenset, Sequence, Iterable)
 _OBJECTS = (dict, Mapping)
-_OF_JSON = (str, int, float, bool, types.NoneType)
 
 
 def schema_of(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """The schema of `hint`, which stands within the classes `within`; empty where every value may do."""
-    hint = underlying(hint)
+    """The schema of `hint`, which stands within the types `within`; empty where every value may do."""
+    plain = underlying(hint)
+    if plain is not hint:
+        if hint in within:
+            return {}
+        within, hint = (*within, hint), plain
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         notes = [note for note in inner[1:] if isinstance(note, str)]
@@ -29,19 +32,22 @@ def schema_of(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
     if origin in (typing.Union, types.UnionType):
         return _any_of([schema_of(each, within) for each in inner])
     if origin is typing.Literal:
-        return {"enum": list(inner)} if all(type(each) in _OF_JSON for each in inner) else {}
+        choices = [said(each) for each in inner]
+        return {"enum": choices} if all(type(each) in OF_JSON for each in choices) else {}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return {"enum": [each.value if type(each.value) in _OF_JSON else each.name for each in hint]}
+        return {"enum": [said(each) for each in hint]}
     if fields := fields_of(hint):
-        return {} if hint in within else object_schema(fields.hints, fields.required, within=(*within, hint))
+        inside = (*within, fields.kind)
+        return {} if fields.kind in within else object_schema(fields.hints, fields.required, within=inside)
     base = hint if origin is None else origin
-    if base is tuple and inner and inner[-1] is not Ellipsis:
-        items = [schema_of(each, within) for each in inner]
+    places = places_of(hint)
+    if places is not None:
+        items = [schema_of(each, within) for each in places]
         return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items), "maxItems": len(items)}
     if any(base is each for each in _ARRAYS):
         return {"type": "array", **({"items": schema_of(inner[0], within)} if inner else {})}
     if any(base is each for each in _OBJECTS):
-        return {"type": "object", **({"additionalProperties": schema_of(inner[-1], within)} if inner else {})}
+        return {"type": "object", **({"additionalProperties": schema_of(inner[1], within)} if len(inner) == 2 else {})}
     return {"type": _SIMPLE[base]} if isinstance(base, type) and base in _SIMPLE else {}
 
 

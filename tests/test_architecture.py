@@ -58,6 +58,13 @@ LAYERS = (
         others=("starlette", "uvicorn"),
         never=("mistral_nb.backends",),
     ),
+    Layer("mistral_nb.rendering", own=("mistral_nb.rendering", "mistral_nb.safe_markdown"), others=()),
+    Layer(
+        "mistral_nb_magics.chat",
+        own=("mistral_nb_magics", "mistral_nb"),
+        others=("IPython", "traitlets", "ipywidgets", "anywidget"),
+        never=("mistral_nb.engine", "mistral_nb.server"),
+    ),
     Layer(
         "mistral_nb_magics",
         own=("mistral_nb_magics", "mistral_nb"),
@@ -82,6 +89,12 @@ BESIDES = {
     ("mistral_nb.models.hub_listing", "huggingface_hub"),
     ("mistral_nb.models.gguf_weights", "numpy"),
     ("mistral_nb.safe_markdown", "markdown_it"),
+    ("mistral_nb.server.connections", "h11"),
+    ("mistral_nb.chat.export", "markdown_it"),
+    ("mistral_nb.chat.references", "markdown_it"),
+    ("mistral_nb.rendering.highlight", "pygments"),
+    ("mistral_nb.rendering.mathml", "latex2mathml"),
+    ("mistral_nb.rendering.parsing", "markdown_it"),
     ("mistral_nb.demo", "jupyter_client"),
     ("mistral_nb.demo", "ipykernel"),
     ("mistral_nb.demo", "nbclient"),
@@ -190,6 +203,9 @@ def test_dependencies_point_one_way() -> None:
         ("mistral_nb.cli", "from mistral_nb.server import app"),
         ("mistral_nb_kernels.bad", "from mistral_nb.errors import MistralError"),
         ("mistral_nb_magics.bad", "import importlib\nimportlib.import_module('mistral_nb.server')"),
+        ("mistral_nb_magics.bad", "import ipywidgets"),
+        ("mistral_nb_magics.chat.bad", "from mistral_nb.engine import Engine"),
+        ("mistral_nb.rendering.bad", "from mistral_nb.chat import Turn"),
         ("mistral_nb_magics.bad", "try:\n    import torch\nexcept ImportError:\n    pass"),
     ],
 )
@@ -208,8 +224,18 @@ def fresh(code: str) -> dict[str, Any]:
 
 
 HEAVY = (
-    *("IPython", "anywidget", "gguf", "httpx", "huggingface_hub", "ipywidgets", "jinja2", "llguidance"),
-    *("markdown_it", "numpy", "pygments", "safetensors", "sentencepiece", "starlette", "tokenizers", "torch"),
+    *("IPython", "anywidget", "gguf", "httpx", "huggingface_hub", "ipywidgets", "jinja2", "latex2mathml"),
+    *(
+        "llguidance",
+        "markdown_it",
+        "numpy",
+        "pygments",
+        "safetensors",
+        "sentencepiece",
+        "starlette",
+        "tokenizers",
+        "torch",
+    ),
     *("transformers", "uvicorn"),
 )
 

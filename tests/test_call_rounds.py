@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 
 import mistral_nb
 from mistral_nb.backends.openai_wire import body_of
-from mistral_nb.calling import MAX_ARGUMENTS, Rounds, Toolbox
+from mistral_nb.call_rounds import MAX_CALLS, Rounds
+from mistral_nb.calling import MAX_ARGUMENTS, Toolbox
 from mistral_nb.engine.functions import NOTHING, in_words
 from mistral_nb.errors import BackendError, InvalidRequest
-from mistral_nb.types import GenerationRequest
+from mistral_nb.types import MAX_NAME, MAX_TEXT, GenerationRequest
 from tests.backends.scripted import TOKEN, Peer, body, frame, head
 
 ACCOUNT = "0123456789abcdef0123456789abcdef"
@@ -73,6 +75,22 @@ def test_calls_of_any_kind_can_be_told_of_on_the_next_wire() -> None:
     assert body_of(long.request, "m")["messages"][1]["tool_calls"][0]["function"]["arguments"] == "{}"
 
 
+def test_only_so_many_calls_of_one_answer_are_run() -> None:
+    rounds = Rounds(GenerationRequest(prompt="Go."), Toolbox([anything]))
+    shown: list[str] = []
+    call = {"name": "anything", "arguments": {"x": 1}}
+    assert rounds.take([call] * 6000, show=shown.append)
+    assert [record.error for record in rounds.records[:-1]] == [""] * MAX_CALLS
+    problem = f"too many calls in one answer: {MAX_CALLS} of 6000 were run; ask for fewer"
+    assert rounds.records[-1].error == problem
+    assert shown[-1] == f"anything(x=1) → failed: {problem}"
+    assert len(shown) == 2 * MAX_CALLS + 1
+    turns = rounds.request.messages or ()
+    assert len(json.loads(turns[1].content)) == len(turns) - 2 == MAX_CALLS + 1
+    assert rounds.take([{"name": "\x01" * MAX_NAME, "arguments": {}}] * 6000)
+    assert max(len(turn.content) for turn in rounds.request.messages or ()) <= MAX_TEXT
+
+
 CALL = [head(), frame({"response": "", "tool_calls": [{"name": "add", "arguments": {"a": 40}}]}), frame("[DONE]")]
 CALL_TO_STOP = [
     head(),
@@ -101,6 +119,9 @@ def test_ask_runs_the_calls(cloud: Peer) -> None:
     first, second = (seen.json for seen in cloud.seen)
     assert first["functions"][0]["name"] == "add"
     assert second["messages"][-1] == {"role": "tool", "content": "42", "name": "add"}
+    shown, _ = result._repr_mimebundle_()
+    assert shown["text/plain"].startswith("add(a=40) → 42\n\nIt is 42.\n\n")
+    assert shown["text/markdown"].startswith("```text\nadd(a=40) → 42\n```\n\nIt is 42.\n\n<small>")
 
 
 def test_without_call_nothing_is_run(cloud: Peer) -> None:
@@ -113,6 +134,8 @@ def test_without_call_nothing_is_run(cloud: Peer) -> None:
     result = mistral_nb.ask("What is 40 + 2?", functions=[add])
     assert (result.finish_reason, ran, result.calls) == ("tool_calls", [], ())
     assert result.tool_calls == ({"name": "add", "arguments": {"a": 40}},)
+    for shown in result._repr_mimebundle_()[0].values():
+        assert '"name": "add"' in shown
 
 
 def test_a_failure_after_a_call_keeps_the_calls(cloud: Peer) -> None:
@@ -135,7 +158,8 @@ def test_an_interrupt_in_a_call_keeps_the_calls_before(cloud: Peer, stop: type[B
     with pytest.raises(stop) as caught:
         mistral_nb.ask("What is 40 + 2?", functions=[add, halt], call=True)
     result = caught.value.result  # type: ignore[attr-defined]
-    assert [record.result for record in result.calls] == [42, 3]
+    assert [record.result for record in result.calls] == [42, 3, None]
+    assert str(result.calls[-1]) == "halt() → failed: stopped before it ended"
 
 
 def test_calls_beyond_the_limit_stay_in_the_result(cloud: Peer) -> None:

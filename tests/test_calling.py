@@ -9,14 +9,14 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
 import pytest
 
-from mistral_nb.annotations import fitted
-from mistral_nb.calling import MAX_ARGUMENTS, MAX_RESULT, CallRecord, Toolbox
+from mistral_nb.calling import MAX_ARGUMENTS, MAX_RESULT, MAX_SHOWN, CallRecord, Toolbox
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.functions import tools_of
 
@@ -90,13 +90,12 @@ def test_a_function_is_offered_with_its_source() -> None:
 
 
 def test_what_has_no_source_of_its_own_is_offered_by_its_signature() -> None:
-    method, builtin, variadic = (Toolbox([each]).offered[0] for each in (Counter().up, sorted, math.gcd))
-    assert method.code.startswith("def up(by: 'int' = 1):")
-    assert "Counts up." in method.code
-    assert builtin.code.startswith("def sorted(iterable, /, *, key=None, reverse=False):")
-    assert variadic.code.startswith("def gcd(*integers):")
-    for each in (method, builtin, variadic):
-        assert tools_of([each])[0].parameters["type"] == "object"
+    method, builtin, variadic = tools_of(Toolbox([Counter().up, sorted, math.gcd]).offered)
+    assert method.description == "Counts up."
+    assert method.parameters["properties"] == {"by": {"type": "integer", "default": 1}}
+    assert builtin.parameters["properties"] == {"iterable": {}, "key": {"default": None}, "reverse": {"default": False}}
+    assert builtin.parameters["required"] == ["iterable"]
+    assert variadic.parameters == {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
 
 
 @pytest.mark.parametrize(
@@ -210,13 +209,16 @@ def test_a_result_that_cannot_be_told_is_an_error() -> None:
 
 
 def test_a_default_that_is_no_literal_of_json_is_not_told() -> None:
-    method = Counter().paint.__func__  # type: ignore[attr-defined]
-    method.__defaults__, kept = (10**5000,), method.__defaults__
-    try:
-        code = Toolbox([Counter().paint]).offered[0].code
-    finally:
-        method.__defaults__ = kept
-    assert code.startswith("def paint(unit: 'Unit' = Ellipsis, *, note: 'str' = '-', sides")
+    def far(to: int = 10**5000, speed: float = math.inf, unit: Unit = Unit.METRIC, note: str = "-") -> None: ...
+
+    (tool,) = tools_of(Toolbox([far]).offered)
+    assert tool.parameters["required"] == []
+    assert {name: each.get("default") for name, each in tool.parameters["properties"].items()} == {
+        "to": None,
+        "speed": None,
+        "unit": None,
+        "note": "-",
+    }
 
 
 def test_an_error_without_a_text_is_told_by_its_type() -> None:
@@ -253,12 +255,34 @@ def test_every_signature_is_told_to_the_model() -> None:
     )
     assert painted["required"] == []
     assert painted["properties"] == {
-        "unit": {},
+        "unit": {"enum": ["m", "ft"]},
         "note": {"type": "string", "default": "-"},
         "sides": {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}], "default": None},
     }
     assert nested["properties"] == {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}}
     assert list(other["properties"]) == ["a", "b"]
+
+
+def test_an_async_function_runs_in_the_callers_context() -> None:
+    seen: ContextVar[str] = ContextVar("seen", default="unset")
+
+    async def look() -> str:
+        return seen.get()
+
+    seen.set("set")
+    assert run(look, {}).result == "set"
+
+
+def test_a_call_is_shown_to_its_end_before_it_runs() -> None:
+    command = f"ls {'a' * 200} && rm -rf b"
+    begun: list[CallRecord] = []
+    Toolbox([anything]).run({"name": "anything", "arguments": {"x": command}}, begun.append)
+    assert [record.asked for record in begun] == [f"anything(x={command!r})"]
+    longer = run(anything, {"x": f"ls {'a' * 50_000} && rm -rf b"})
+    assert longer.asked.startswith("anything(x='ls aaa")
+    assert longer.asked.endswith("aaa && rm -rf b')")
+    assert " … " in longer.asked
+    assert len(longer.asked) <= MAX_SHOWN + len("anything(x=)")
 
 
 def test_an_interrupt_cancels_what_is_awaited() -> None:
@@ -274,6 +298,36 @@ def test_an_interrupt_cancels_what_is_awaited() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(wait, {})
     assert cancelled.wait(20)
+
+
+def test_what_an_async_function_leaves_behind_is_ended() -> None:
+    ended: list[str] = []
+
+    async def linger() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("task")
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            ended.append("generator")
+
+    async def work() -> int:
+        kept.append(asyncio.ensure_future(linger()))
+        kept.append(numbers())
+        await asyncio.sleep(0)
+        return await anext(kept[1])
+
+    async def give_up() -> None:
+        raise asyncio.CancelledError
+
+    kept: list[Any] = []
+    assert run(work, {}).result == 1
+    assert sorted(ended) == ["generator", "task"]
+    assert run(give_up, {}).error == "RuntimeError: what it awaits was cancelled"
 
 
 def test_an_interrupt_goes_through() -> None:
@@ -293,19 +347,6 @@ def test_an_async_function_runs_inside_a_running_loop() -> None:
         return Toolbox([later]).run({"name": "later", "arguments": {"text": "a"}}).result
 
     assert asyncio.run(cell()) == "A"
-
-
-def test_types_that_are_not_alike_are_kept_apart() -> None:
-    assert type(fitted(1, float | int, "x")) is int
-    assert type(fitted(1, float, "x")) is float
-    assert fitted([1, "a"], tuple[int, str], "x") == (1, "a")
-    assert fitted({"a": 1}, dict[str, int], "x") == {"a": 1}
-    assert fitted({"m": 1, "IMPERIAL": 2}, dict[Unit, int], "x") == {Unit.METRIC: 1, Unit.IMPERIAL: 2}
-    with pytest.raises(TypeError, match=r"holds the key 1\.0 twice"):
-        fitted({"1": 1, "1.0": 1}, dict[float, int], "x")
-    for value, hint in ((True, Literal[1]), ("1", bool), ([1], tuple[int, int]), ({"a": "1"}, dict[str, int])):
-        with pytest.raises(TypeError):
-            fitted(value, hint, "x")
 
 
 def test_a_long_result_is_cut_for_the_model_only() -> None:

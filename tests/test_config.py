@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from mistral_nb.config import BACKENDS, SETTINGS, Secret, Settings, config_path, load_settings
+from mistral_nb.config import BACKENDS, SETTINGS, Settings, config_path, load_settings
 from mistral_nb.errors import ConfigurationError
+from mistral_nb.secret import Secret
 
 
 @pytest.fixture

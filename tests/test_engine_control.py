@@ -53,8 +53,9 @@ def test_status_and_stop(alone: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="an engine is known by its command line in /proc")
-def test_an_engine_that_hangs_is_ended_and_never_taken_for_absent(alone: Path) -> None:
+def test_an_engine_that_hangs_is_ended_and_never_taken_for_absent(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by `stop` without force; by the next question, and by `stop` with it."""
+    monkeypatch.setattr("mistral_nb.engine_control._TERM_LIMIT", 0.5)
     list(local().stream(SHORT))
     hung = record()
     os.kill(hung.pid, signal.SIGSTOP)

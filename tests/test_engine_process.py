@@ -34,13 +34,14 @@ from mistral_nb.errors import (
     EngineStartError,
     MissingDependency,
     ModelError,
+    StreamTruncated,
     UnknownModel,
 )
 from mistral_nb.hardware import host_memory, nvidia_gpus
 from mistral_nb.models import EMBEDDED
 from mistral_nb.runtime import EngineRecord
-from mistral_nb.types import Chunk, GenerationRequest
-from tests.backends.scripted import PATIENCE, Peer, eventually, head
+from mistral_nb.types import Chunk, GenerationRequest, Usage
+from tests.backends.scripted import PATIENCE, Peer, eventually, frame, head
 from tests.engine.sparse_checkpoint import BYTES_A_LAYER, LARGEST, sparse_checkpoint
 from tests.server.engines import Engines
 
@@ -200,6 +201,23 @@ def test_an_engine_that_ends_before_the_first_text_is_started_again(how: str) ->
     assert "Paris" in text_of(chunks)
     assert record().pid != os.getpid()
     going.close()
+
+
+def test_an_answer_that_breaks_off_while_the_engine_lives_is_cut_short_and_tells_what_it_cost() -> None:
+    stop(load_settings(), force=True)
+    ready = {"protocol": runtime.PROTOCOL, "version": __version__, "state": "ready", "model": EMBEDDED}
+    healthy = head("200 OK", "application/json") + json.dumps(ready).encode()
+    said = {"response": "Hel", "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    living = Peer(scripts=[[healthy], [healthy], [head(), frame(said)]])
+    found = replace(record_of(os.getpid()), port=living.port)
+    runtime.write_record(found)
+    answer = Answer(local(), SHORT)
+    with pytest.raises(StreamTruncated):
+        collections.deque(answer, maxlen=0)
+    result = answer.result
+    assert (result.text, result.finish_reason, result.usage) == ("Hel", "truncated", Usage(3, 1))
+    runtime.remove_record(found)
+    living.close()
 
 
 OLD_VERSION = """

@@ -190,6 +190,19 @@ def outcome(code: str) -> Any:
         return "refused" if "shorten it" in str(error) else error
 
 
+@pytest.mark.parametrize("within", ["list[", "Optional[", "int | (", "tuple[int, ", "Annotated["])
+def test_an_annotation_that_is_nested_deeply_is_refused(within: str) -> None:
+    """Each of many unions within each other is put together again: seconds of work."""
+
+    def nested(times: int) -> str:
+        ends = within.count("[") * "]" + within.count("(") * ")"
+        return f"def f(x: {within * times}str{ends * times}): ..."
+
+    assert outcome(nested(20)) == "object"
+    assert outcome(nested(21)) == "refused"
+    assert outcome(f'def f(x: "{nested(21)[9:-6]}"): ...') == "refused"
+
+
 @pytest.mark.parametrize("name", ["", "two words", "a\nb", "a" * 65, 'say"', "f()", "\u200b"])
 def test_a_name_that_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"functions\[0\]"):

@@ -64,10 +64,11 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
 def base_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a new environment that holds the base install alone."""
     folder = tmp_path_factory.mktemp("base")
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
     constraints = str(ROOT / "constraints.txt")
-    subprocess.run([python, "-m", "pip", "install", "-qq", "-c", constraints, str(wheel)], check=True, cwd=folder)
+    subprocess.run([*pip, "install", "-qq", "-c", constraints, str(wheel)], check=True, cwd=folder)
     return python
 
 

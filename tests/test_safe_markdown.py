@@ -182,3 +182,19 @@ def test_a_megabyte_takes_bounded_time(piece: str) -> None:
     started = time.process_time()
     safe_markdown(text)
     assert time.process_time() - started < 8
+
+
+@pytest.mark.parametrize(("columns", "tables"), [(30, 1), (2000, 0)])
+def test_a_table_with_too_many_columns_stays_text(columns: int, tables: int) -> None:
+    text = f"{'|h' * columns}|\n{'|-' * columns}|\n|a|\n"
+    html = RENDERERS["markdown-it, as in VS Code"](safe_markdown(text))
+    assert html.count("<table>") == tables
+    assert visible(html).count("h") == columns
+
+
+@pytest.mark.parametrize(("depth", "typeset"), [(20, True), (900, False)])
+@pytest.mark.parametrize(("left", "right"), [("{", "}"), ("\\left(", "\\right)")])
+def test_a_formula_nested_too_deeply_stays_text(left: str, right: str, depth: int, typeset: bool) -> None:
+    depth = min(depth, 150) if "(" in left else depth
+    text = f"${left * depth}x{right * depth}$"
+    assert ("$" in safe_markdown(text)) is typeset

@@ -80,7 +80,7 @@ class Mistral(Magics):
     @mistral_arguments(MANUAL)
     @line_cell_magic
     @no_var_expand
-    def mistral(self, line: str, cell: str | None = None) -> Result | None:
+    def mistral(self, line: str, cell: str | None = None) -> Any:
         command = find_command(line) if cell is None else None
         with _short_errors():
             if command:
@@ -108,12 +108,12 @@ class Mistral(Magics):
     def _ask(self, call: Call, selection: Selection) -> Result:
         if call.toolbox is None:
             return self._finished(call, self._answer(call, call.request, selection))
-        from mistral_nb.calling import Rounds
+        from mistral_nb.call_rounds import Rounds
 
         rounds = Rounds(call.request, call.toolbox, call.max_rounds)
         result = rounds.converse(
             lambda request: self._answer(call, request, selection, tuple(rounds.records)),
-            lambda record: print(plain_text(str(record)), flush=True),
+            lambda line: print(plain_text(line), flush=True),
             lambda partial: self._keep(call, partial),
         )
         return self._finished(call, self._keep(call, result))
@@ -200,8 +200,10 @@ class Mistral(Magics):
             raise error
         return done[0]
 
-    def _command(self, name: str, options: Namespace) -> Result | None:
+    def _command(self, name: str, options: Namespace) -> Any:
         match name:
+            case "chat":
+                return self._open_chat(options)
             case "last":
                 return self._show_last()
             case "pull":
@@ -222,6 +224,16 @@ class Mistral(Magics):
             case _:
                 print(self._report(name))
         return None
+
+    def _open_chat(self, options: Namespace) -> Any:
+        """A `Chat`, shown at once, so that it needs not be the last line of its cell."""
+        if not is_notebook(self._shell):
+            raise UsageError("a chat needs a notebook; here, ask in code: chat = mistral_nb.Chat(); chat.ask('...')")
+        from mistral_nb_magics.chat.opening import open_chat
+
+        chat = open_chat(options, self._defaults(), self._settings)
+        chat._ipython_display_()
+        return chat
 
     def _report(self, name: str) -> str:
         from mistral_nb.report import status_report

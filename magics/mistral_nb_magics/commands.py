@@ -10,11 +10,18 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.magic_arguments import MagicArgumentParser
 
+from mistral_nb.types import FIELDS
 from mistral_nb_magics.interpolate import near_miss
 
 __all__ = ["COMMANDS", "LORA_ACTIONS", "find_command"]
 
-LORA_ACTIONS = ("list", "public", "check", "push")
+LORA_ACTIONS: dict[str, tuple[str, ...]] = {
+    "list": (),
+    "public": (),
+    "check": ("folder",),
+    "push": ("folder", "name", "model", "description"),
+}
+"""What can be done with adapters, and what each takes."""
 
 
 def _parser(*options: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
@@ -25,7 +32,19 @@ def _parser(*options: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
     return parser
 
 
+def _chat_options() -> list[tuple[str, dict[str, Any]]]:
+    """Who answers and how: the numbers of a request and the adapter, which the chat's panel has too."""
+    numbers = {"int": int, "float": float}
+    fields = [field for field in FIELDS if field.kind in numbers or field.name == "lora"]
+    named = [(f"--{field.name.replace('_', '-')}", {"type": numbers.get(field.kind, str)}) for field in fields]
+    return [(f"--{name}", {}) for name in ("backend", "model", "system", "preset", "load")] + named
+
+
 COMMANDS: dict[str, tuple[str, argparse.ArgumentParser]] = {
+    "chat": (
+        "a chat below the cell; --backend, --model, --system, --preset NAME, --load FILE, --temperature X ...",
+        _parser(*_chat_options()),
+    ),
     "status": ("who would answer and why, the running engines, the settings", _parser()),
     "last": ("the last answer again", _parser()),
     "models": (
@@ -47,7 +66,7 @@ COMMANDS: dict[str, tuple[str, argparse.ArgumentParser]] = {
             ("folder", {"nargs": "?"}),
             ("--name", {}),
             ("--model", {}),
-            ("--description", {"default": ""}),
+            ("--description", {}),
         ),
     ),
     "help": ("this manual", _parser()),

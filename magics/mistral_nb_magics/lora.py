@@ -58,7 +58,10 @@ def _refuse_unused(options: Namespace) -> None:
 def _folder(options: Namespace) -> Path:
     if options.folder is None:
         raise UsageError(f"which folder? Such as: %mistral lora {options.action} my-adapter")
-    return Path(options.folder).expanduser()
+    try:
+        return Path(options.folder).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{options.folder}: nobody here is called so; give the folder by its path") from error
 
 
 def _push(options: Namespace, settings: Settings, work: Work) -> None:

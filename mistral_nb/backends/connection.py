@@ -15,12 +15,13 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mistral_nb.backends.pump import Line
+from mistral_nb.backends.pump import HungUp, Line
+from mistral_nb.backends.wire import PeerFailure
 from mistral_nb.errors import ConfigurationError
 from mistral_nb.foreign import clean
 from mistral_nb.secret import Secret
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
 
     import httpx
 
-__all__ = ["close_all", "redirect", "send"]
+__all__ = ["close_all", "read_limited", "redirect", "send"]
 
 # Seconds. Past it, a middlebox may have forgotten an idle connection without telling.
 IDLE = 30.0
 _PER_HOST = 4
 _LOCATION = "mistral_nb.location"
+# What is read of the body of a refusal at most: seconds and bytes.
+_REFUSAL_SECONDS = 2.0
+_REFUSAL_BYTES = 1 << 20
 
 _Key = tuple[str, str, bool, int]
 
@@ -113,11 +117,21 @@ class Connection:
         self._reused = open_socket is not None
         if open_socket is not None:
             line.attach(open_socket)
-        request = self._client.build_request(method, url, extensions={"trace": trace}, **options)
+        request = self._request(method, url, extensions={"trace": trace}, **options)
         try:
             return self._client.send(request, auth=sign, stream=True, follow_redirects=False)
         finally:
             _unsign(signed)
+
+    def _request(self, method: str, url: str, **options: Any) -> httpx.Request:
+        """`ConfigurationError` where no host can be at `url`."""
+        import httpx
+
+        try:
+            return self._client.build_request(method, url, **options)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            told = f"{urlsplit(url).netloc} is no host's address ({clean(error)}). Correct it"
+        raise ConfigurationError(told)
 
     def close(self) -> None:
         self._client.close()
@@ -248,6 +262,35 @@ def send(
             _POOL.give_back(connection)
         else:
             _POOL.discard(connection)
+
+
+def read_limited(response: httpx.Response, line: Line, limit: int, parts: Iterable[bytes] | None = None) -> str:
+    """The body as text, or the rest of it in `parts`. `PeerFailure` where it has more than `limit` bytes.
+
+    A status other than 2xx stands whatever becomes of its body: of that one it is what arrives at once, whole or not.
+    Ends with `HungUp` once `line` is hung up there.
+    """
+    import httpx
+
+    refused = not response.is_success
+    if refused:
+        line.within(_REFUSAL_SECONDS, "the body of a refusal did not come")
+        limit = min(limit, _REFUSAL_BYTES)
+    body = bytearray()
+    try:
+        for part in response.iter_bytes() if parts is None else parts:
+            body += part
+            if len(body) <= limit:
+                continue
+            if refused:
+                break
+            raise PeerFailure(f"its answer has more than {limit >> 20} MiB")
+    except (httpx.TransportError, httpx.DecodingError):
+        if not refused:
+            raise
+    if refused and line.hung_up:
+        raise HungUp
+    return body.decode("utf-8-sig", "replace")
 
 
 def redirect(response: httpx.Response) -> str | None:

@@ -33,7 +33,7 @@ from mistral_nb.types import Chunk, GenerationRequest
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Exchange", "NotListening", "Timeouts", "broken", "said_by"]
+__all__ = ["Exchange", "NotListening", "Timeouts", "broken", "refusal", "said_by"]
 
 MODEL_HEADER = "x-mistral-nb-model"
 _REQUEST_IDS = ("cf-ai-req-id", "cf-ray", "x-request-id")
@@ -41,8 +41,9 @@ _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # Characters of a peer's message that are shown.
 _MESSAGE = 500
 # What a line of server-sent events begins with.
-_SSE = (b"data", b"event", b"id", b"retry", b":", b"\xef\xbb\xbf")
-_ERROR_BYTES = 1 << 20
+_SSE = (b"data", b"event", b"id", b"retry", b":")
+# What an answer may have before its first byte: blanks and a byte order mark.
+_NOTHING = b" \t\r\n\xef\xbb\xbf"
 _BODY_BYTES = 64 << 20
 # What may follow the end mark while the connection stays good for the next request: bytes and seconds.
 _REST_BYTES = 64 << 10
@@ -166,6 +167,17 @@ class Exchange:
         return ConnectionFailed(f"{self.peer} broke the connection before the first text ({detail}). Try again")
 
 
+def refusal(response: httpx.Response, line: Line) -> PeerFailure:
+    """What a peer says with a status other than 2xx, in its own words where its body holds any."""
+    if (elsewhere := connection.redirect(response)) is not None:
+        return PeerFailure(f"it redirects to {elsewhere}, where the request and the token are not sent")
+    try:
+        said = peer_failure(json.loads(connection.read_limited(response, line, _BODY_BYTES)))
+    except (ValueError, RecursionError):
+        said = None
+    return said or PeerFailure(response.reason_phrase or "an error without a message")
+
+
 def said_by(message: str, token: Secret | None, *, engine: bool) -> str:
     """A peer's message, fit to be shown: a mistral-nb server's in its own lines, anybody else's on one."""
     return plain_lines(message, token) if engine else clean(message, token, _MESSAGE)
@@ -221,12 +233,15 @@ class _Live:
         arriving = response.iter_bytes() if headers.get("content-encoding") else response.iter_raw()
         parts = self._watched(arriving)
         if not response.is_success:
-            raise self._rejected(response, parts)
-        head = next((part for part in parts if part.strip()), b"")
+            said = refusal(response, self.line)
+            raise self._exchange.failed(said, response.status_code, headers.get("retry-after"), self.request_id)
+        head = b""
+        while not head and (part := next(parts, None)) is not None:
+            head = part.lstrip(_NOTHING)
         body = itertools.chain((head,), parts)
         reading = self._reading
-        if head.lstrip().startswith(b"{"):
-            self._say(reading.body(_all_of(body)))
+        if head.startswith(b"{"):
+            self._say(reading.body(connection.read_limited(response, self.line, _BODY_BYTES, body)))
         elif not self._follow(frames(body)):
             raise self._without_end(head, headers.get("content-type", ""))
         if reading.failed:
@@ -290,11 +305,10 @@ class _Live:
         self.line.release()
 
     def _without_end(self, head: bytes, kind: str) -> MistralError:
-        """The error for a body without an end mark, which begins with `head`."""
+        """The error for a body without an end mark, which begins with `head`, its blanks left out."""
         if self.line.expired:
             return RequestTimeout(self.line.expired)
-        start = head.lstrip()
-        if not start or self._framed or any(start.startswith(name[: len(start)]) for name in _SSE):
+        if not head or self._framed or any(head.startswith(name[: len(head)]) for name in _SSE):
             return self.cut_off("no end mark")
         told = f" ({clean(kind, self._exchange.token)})" if kind else ""
         return BackendError(
@@ -307,33 +321,6 @@ class _Live:
         when = "before its end" if self.begun else "before the first text"
         kept = "; the text so far is kept" if self.begun else ""
         return StreamTruncated(f"{self._exchange.peer} broke the answer off {when} ({detail}){kept}. Ask again")
-
-    def _rejected(self, response: httpx.Response, parts: Iterator[bytes]) -> MistralError:
-        """The error of a status other than 2xx, with the peer's own words where its body holds any."""
-        body = bytearray()
-        while len(body) < _ERROR_BYTES and (part := next(parts, b"")):
-            body += part
-        try:
-            said = peer_failure(json.loads(body.decode("utf-8", "replace")))
-        except (ValueError, RecursionError):
-            said = None
-        if (elsewhere := connection.redirect(response)) is not None:
-            said = PeerFailure(f"it redirects to {elsewhere}, where the request and the token are not sent")
-        return self._exchange.failed(
-            said or PeerFailure(response.reason_phrase or "an error without a message"),
-            response.status_code,
-            response.headers.get("retry-after"),
-            self.request_id,
-        )
-
-
-def _all_of(parts: Iterable[bytes]) -> str:
-    body = bytearray()
-    for part in parts:
-        body += part
-        if len(body) > _BODY_BYTES:
-            raise PeerFailure(f"its answer has more than {_BODY_BYTES >> 20} MiB")
-    return body.decode("utf-8", "replace")
 
 
 def _number(header: str | None) -> float | None:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mistral_nb import __version__
-from mistral_nb.backends.connection import redirect, send
+from mistral_nb.backends.connection import read_limited, redirect, send
 from mistral_nb.backends.exchange import Timeouts, broken
 from mistral_nb.backends.pump import HungUp, Line
+from mistral_nb.backends.wire import PeerFailure
 from mistral_nb.errors import BackendError, ConfigurationError, ConnectionFailed, MistralError, RequestTimeout
 from mistral_nb.runtime import is_loopback
 from mistral_nb.secret import Secret
@@ -68,25 +69,15 @@ class Peer:
                     raise BackendError(
                         f"{self.name} redirects to {elsewhere}, where the token is not sent. Set its address"
                     )
-                return Told(response.status_code, self._json(response), response.headers.get("retry-after"))
+                said = read_limited(response, line, _LARGEST)
+                return Told(response.status_code, _json(said), response.headers.get("retry-after"))
+        except PeerFailure as error:
+            failure = BackendError(f"{self.name}: {error}. Check its address")
         except (httpx.TransportError, httpx.DecodingError) as error:
             if line.hung_up:
                 raise HungUp from None
             failure = self._broken(error, line)
         raise failure
-
-    def _json(self, response: Any) -> Any:
-        data = bytearray()
-        for part in response.iter_bytes():
-            data += part
-            if len(data) > _LARGEST:
-                raise BackendError(
-                    f"{self.name} answers with more than {_LARGEST >> 20} MiB of JSON. Check its address"
-                )
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            return None
 
     def _broken(self, error: Exception, line: Line) -> MistralError:
         if line.expired:
@@ -95,6 +86,13 @@ class Peer:
         return not_made or ConnectionFailed(
             f"{self.name} broke the connection before it answered ({detail}). Try again"
         )
+
+
+def _json(said: str) -> Any:
+    try:
+        return json.loads(said)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_address(url: str, origin: str, *, token: bool = True) -> str:

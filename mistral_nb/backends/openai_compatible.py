@@ -67,10 +67,15 @@ class OpenAICompatible:
     def _named(self, chunk: Chunk, request: GenerationRequest, model: str) -> Chunk:
         """The chunk with the name of a model only where another one answers than was asked.
 
-        llama.cpp's server answers for every name. Gateways add a version or a vendor to a name.
+        llama.cpp's server answers for every name. Gateways add a version or a vendor to a name. An adapter is often
+        called after its model, which is not the adapter.
         """
-        told, asked = chunk.model or "", plain(request.lora or model)
-        if told in asked or asked in told:
+        told, asked, base = chunk.model or "", plain(request.lora or model), plain(model)
+        if request.lora is None:
+            heeded = told in asked or asked in told
+        else:
+            heeded = _last(told) == _last(asked) or (asked in told and _last(told) != _last(base))
+        if heeded:
             return replace(chunk, model=None)
         if request.lora is not None:
             problem = f"{self._peer.name} has no such adapter and answers with {_title(told)}; check the name"
@@ -101,6 +106,10 @@ class OpenAICompatible:
 def _title(model: str) -> str:
     """A model as it is shown: by its file's name, where it is called by the path of its file."""
     return plain(model.rpartition("/")[2] if model.startswith("/") else model)
+
+
+def _last(model: str) -> str:
+    return model.rpartition("/")[2]
 
 
 def _adapter(entry: dict[str, Any]) -> bool:

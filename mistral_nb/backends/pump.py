@@ -90,9 +90,10 @@ class Line:
                 self._changed.notify()
 
     def release(self) -> None:
-        """Forget the socket and the deadline; the reading thread calls it when it is done."""
+        """Forget the socket and the deadline, passed or not; the reading thread calls it when it is done."""
         with self._changed:
             self._deadline = None
+            self._expired = ""
             self._drop_socket()
             self._changed.notify()
 
@@ -105,7 +106,7 @@ class Line:
             if self._deadline is None:
                 return
             self._expired = self._limit
-        self._shut_down()
+            self._shut_down()
 
     def _shut_down(self) -> None:
         with self._changed:

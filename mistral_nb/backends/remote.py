@@ -12,7 +12,7 @@ from mistral_nb.backends.local import STANDS_IN_FOR, title
 from mistral_nb.backends.lookup import Peer, check_address
 from mistral_nb.backends.pump import Emit, Line, Pump
 from mistral_nb.backends.retry import patiently
-from mistral_nb.backends.wire import peer_failure
+from mistral_nb.backends.wire import PeerFailure, peer_failure
 from mistral_nb.config import Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import BackendError, ConfigurationError
@@ -72,6 +72,8 @@ class Remote:
             self._where = ", ".join(plain(str(data[name])) for name in ("device", "precision") if data.get(name))
             return plain(data["model"])
         said = peer_failure(data) if isinstance(data, dict) else None
+        if said is None and status in (401, 403):
+            said = PeerFailure("it refuses the token; check MISTRAL_NB_SERVER_TOKEN")
         if said is None:
             raise BackendError(
                 f"{self._peer.name} does not answer as `mistral-nb serve` does (HTTP {status}). Check its address",

@@ -22,8 +22,6 @@ __all__ = ["DONE", "PeerFailure", "Reading", "frames", "mended", "peer_failure"]
 
 DONE = "[DONE]"
 MAX_EVENT = 16 << 20
-# Characters of what a peer says about its failure.
-MAX_MESSAGE = 2000
 # What a float holds exactly: more tokens or neurons than that no peer counts.
 _MOST = 2**53
 # Two ends of a line in a row, whichever they are, hold one of these.
@@ -45,10 +43,10 @@ _FAILURES = frozenset({"abort", "content_filter", "error"})
 
 
 class PeerFailure(Exception):
-    """The peer said that it failed, in 2,000 characters at most. `code` is the wire's own, None where it gave none."""
+    """The peer said that it failed, whole and not cleaned. `code` is the wire's own, None where it gave none."""
 
     def __init__(self, message: str, code: int | None = None) -> None:
-        message = mended(_short(message, MAX_MESSAGE))
+        message = mended(message)
         super().__init__(message)
         self.message = message
         self.code = code
@@ -116,7 +114,7 @@ class Reading:
         value = _read(data)
         result = value.get("result", value)
         if not isinstance(result, dict) or not result.keys() & {"response", "choices", "tool_calls"}:
-            raise PeerFailure(f"the answer holds no response: {_short(data)}")
+            raise PeerFailure(f"the answer holds no response: {data}")
         return self._take(result) + ("\ufffd" if self._half else "")
 
     @property
@@ -169,7 +167,7 @@ def peer_failure(value: Any) -> PeerFailure | None:
     Read are Cloudflare's `errors`, OpenAI's `error`, vLLM's `object: error` and FastAPI's `detail`.
     """
     if not isinstance(value, dict):
-        return PeerFailure(f"an answer that is not an object: {_short(_text(value))}")
+        return PeerFailure(f"an answer that is not an object: {_text(value)}")
     errors = value.get("errors") or value.get("error")
     if not errors and value.get("object") == "error":
         errors = value
@@ -191,7 +189,7 @@ def _read(data: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise PeerFailure(f"it is not a JSON object: {_short(data)}")
+        raise PeerFailure(f"it is not a JSON object: {data}")
     if not _MARKS.isdisjoint(value) and (failure := peer_failure(value)):
         raise failure
     return value
@@ -249,7 +247,3 @@ def _calls(value: Any) -> tuple[dict[str, Any], ...]:
 
 def _first(value: Any) -> dict[str, Any]:
     return _object(value[0]) if isinstance(value, list) and value else {}
-
-
-def _short(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."

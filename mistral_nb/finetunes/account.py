@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote, urlsplit
 
 from mistral_nb import __version__
 from mistral_nb.backends import connection
-from mistral_nb.backends.exchange import Exchange, broken, said_by
+from mistral_nb.backends.exchange import Exchange, broken, refusal, said_by
 from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.pump import HungUp, Line
 from mistral_nb.backends.retry import patiently
 from mistral_nb.backends.wire import PeerFailure, peer_failure
 from mistral_nb.backends.workers_ai import cloudflare
-from mistral_nb.checkpoints.untrusted import quoted, readable
+from mistral_nb.checkpoints.untrusted import readable
 from mistral_nb.config import Settings
 from mistral_nb.engine_control import encode_json
 from mistral_nb.errors import AdapterError, BackendError, ConnectionFailed, MistralError, RequestTimeout
@@ -40,8 +39,9 @@ NOT_FOUND, INCOMPLETE = 3037, 3039
 """The wire's codes for an adapter that is not there, or not yet, and for one that lacks a file."""
 
 _BODY_BYTES = 8 << 20
-_NOT_OURS = (401, 403, 408, 429)
-_NOT_OUR_CODES = (6003, 7000, 7003, 10000)
+_ABOUT_ADAPTER = (NOT_FOUND, INCOMPLETE, 3006, 3042, 5005, 5006, 5007, 5021, 5028)
+_ABOUT_SERVICE = (971, 3007, 3008, 3023, 3036, 3040, 3041, 3043, 3046, 4006, 5016, 5018, 5035, 6003, 7000, 7003, 10000)
+_SERVICE_STATUS = (401, 403, 408, 429)
 _NEVER_SENT = GenerationRequest(prompt="(an adapter)")
 
 
@@ -58,13 +58,15 @@ class Account:
     def __init__(
         self, settings: Settings, model: str = DEFAULT_MODEL, say: Callable[[str], None] = lambda status: None
     ) -> None:
+        self.left_out = ""
+        """How much of the latest list could not be read, in words; empty where all of it could."""
         self._service = cloudflare(settings, model)
         self._retry_deadline = settings.retry_deadline
         self._say = say
         self._line = Line()
 
     def hang_up(self) -> None:
-        """End what is under way, and all that comes after it: `HungUp` or `ConnectionFailed` where it is waited for."""
+        """End what is under way, and all that comes after it: `HungUp` where it is waited for."""
         self._line.hang_up()
 
     def wait(self, seconds: float) -> None:
@@ -86,7 +88,7 @@ class Account:
         result = self._call(
             "POST", "finetunes", content=encode_json(record), headers={"Content-Type": "application/json"}
         )
-        return next(iter(_adapters(result)), None) or _unreadable(result)
+        return next(iter(_adapters(result)), None) or _unreadable()
 
     def upload(self, adapter: Adapter, path: Path, sha256: str, report: Report) -> None:
         """One file of an adapter, which must have that SHA-256. What `report` raises ends it.
@@ -126,6 +128,8 @@ class Account:
         try:
             exchange.run(self._line, self._tell)
         except MistralError:
+            if self._line.hung_up:
+                raise HungUp from None
             if codes and codes[-1] in (NOT_FOUND, INCOMPLETE):
                 return codes[-1]
             raise
@@ -134,7 +138,12 @@ class Account:
         return None
 
     def _listed(self, path: str) -> list[Adapter]:
-        return patiently(lambda: _adapters(self._call("GET", path)), self._retry_deadline, self._line, self._tell)
+        """What can be read of a list; `left_out` tells of the rest."""
+        found = patiently(lambda: _adapters(self._call("GET", path)), self._retry_deadline, self._line, self._tell)
+        unread = found.count(None)
+        told = f"{unread} of {len(found)} in Cloudflare's list cannot be read: left out"
+        self.left_out = told if unread else ""
+        return [adapter for adapter in found if adapter]
 
     def _tell(self, chunk: Chunk) -> None:
         if chunk.status:
@@ -190,21 +199,17 @@ class Account:
 
     def _read(self, response: httpx.Response) -> Any:
         """The result in a response, or the error that it is."""
-        body = bytearray()
-        for part in response.iter_bytes():
-            body += part
-            if len(body) > _BODY_BYTES:
-                return BackendError(f"Cloudflare's answer has more than {_BODY_BYTES >> 20} MiB. Try again")
         try:
-            content = json.loads(body)
+            if not response.is_success:
+                raise refusal(response, self._line)
+            content = json.loads(connection.read_limited(response, self._line, _BODY_BYTES))
             said = peer_failure(content)
+        except PeerFailure as error:
+            said = error
         except (ValueError, RecursionError):
-            content, said = {}, PeerFailure("an answer that is no JSON")
-        if (elsewhere := connection.redirect(response)) is not None:
-            said = PeerFailure(f"it redirects to {elsewhere}, where the token is not sent")
-        if response.is_success and said is None:
+            said = PeerFailure("an answer that is no JSON")
+        if said is None:
             return content.get("result")
-        said = said or PeerFailure(response.reason_phrase or "an error without a message")
         return _error(
             Failure(
                 self._service.peer,
@@ -256,24 +261,33 @@ class _Upload(io.FileIO):
 
 
 def _error(failure: Failure) -> MistralError:
-    """What is about the account or the service is told as for answers; the rest is about the adapter."""
-    status = failure.status or 0
-    if status in _NOT_OURS or status >= 500 or status < 400 or failure.code in _NOT_OUR_CODES:
-        return to_error(failure)
-    return Refused(failure.with_hint("Check the adapter's name, files and model"))
+    """What is about the account or the service is told as for answers; the rest is about the adapter.
+
+    A known code decides. Any other is about what was sent, unless the status is of the account or the service.
+    """
+    status, code = failure.status or 0, failure.code
+    declined = 400 <= status < 500 or (code is not None and status < 300)
+    if code in _ABOUT_ADAPTER or (code not in _ABOUT_SERVICE and declined and status not in _SERVICE_STATUS):
+        return Refused(failure.with_hint("Check the adapter's name, files and model"))
+    return to_error(failure)
 
 
-def _adapters(result: Any, lists: int = 2) -> list[Adapter]:
-    """The adapters in a result: one, a list of them, or lists in a list; at most `lists` in each other."""
+def _adapters(result: Any, lists: int = 2) -> list[Adapter | None]:
+    """The adapters in a result: one, a list of them, or lists in a list; at most `lists` in each other.
+
+    None stands for a record that cannot be read.
+    """
     if result is None:
         return []
     if isinstance(result, list) and lists:
         return [adapter for item in result for adapter in _adapters(item, lists - 1)]
+    if not isinstance(result, dict):
+        _unreadable()
     try:
         return [adapter_from_wire(result)]
-    except (AttributeError, ValueError):
-        return [_unreadable(result)]
+    except ValueError:
+        return [None]
 
 
-def _unreadable(result: Any) -> Adapter:
-    raise BackendError(f"Cloudflare described an adapter as {quoted(reprlib.repr(result))}. Try again in a moment")
+def _unreadable() -> NoReturn:
+    raise BackendError("Cloudflare described an adapter in a form that cannot be read. Try again in a moment")

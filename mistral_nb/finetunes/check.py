@@ -107,9 +107,9 @@ class _Survey:
         self.warnings: list[str] = []
         self.config: dict[str, Any] | None = None
         self.tensors: LoraTensors | None = None
-        if not folder.is_dir():
-            raise AdapterError(f"{quoted(folder)} is no folder; give the one that PEFT's save_pretrained has written")
         with readable(folder):
+            if not folder.is_dir():
+                raise AdapterError(f"{quoted(folder)} is no folder; give the one PEFT's save_pretrained has written")
             self.files = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_file()))
             missing = [name for name in ASSETS if name not in self.files]
             self.problems += [_instead_of(name, folder, self.files) for name in missing]

@@ -6,8 +6,10 @@ import random
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from mistral_nb.backends.pump import HungUp
 from mistral_nb.backends.retry import NotListening
 from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.config import Settings
@@ -19,7 +21,7 @@ from mistral_nb.finetunes.known import remember
 from mistral_nb.finetunes.pushes import Sums, note, pushing, recall, sums_of
 from mistral_nb.progress import Progress
 
-__all__ = ["Push", "list_adapters", "public_adapters", "push"]
+__all__ = ["Push", "list_adapters", "listed", "public_adapters", "push"]
 
 PATIENCE = 60.0
 """Seconds within which an adapter that was uploaded must be found."""
@@ -29,16 +31,30 @@ MOST = 30
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 5.0
 _RANDOM = random.SystemRandom()
+_DECLINED = (AuthenticationError, NotListening, RateLimited, Refused)
+"""After these the service has nothing of what was sent."""
 
 
 def list_adapters(settings: Settings) -> list[Adapter]:
-    """The adapters of the account in the settings. Raises `MistralError`."""
-    return remember(Account(settings).adapters())
+    """The adapters of the account in the settings. Raises `MistralError`; a `UserWarning` tells what is left out."""
+    return _with_warning(*listed(settings))
 
 
 def public_adapters(settings: Settings) -> list[Adapter]:
-    """The adapters that Cloudflare has for every account. Raises `MistralError`."""
-    return remember(Account(settings).public())
+    """The adapters that Cloudflare has for every account. Errors and warnings as of `list_adapters`."""
+    return _with_warning(*listed(settings, public=True))
+
+
+def listed(settings: Settings, *, public: bool = False) -> tuple[list[Adapter], str]:
+    """The adapters of the account or of every account, and what of the list cannot be read, in words."""
+    account = Account(settings)
+    return remember(account.public() if public else account.adapters()), account.left_out
+
+
+def _with_warning(adapters: list[Adapter], left_out: str) -> list[Adapter]:
+    if left_out:
+        warnings.warn(left_out, stacklevel=3)
+    return adapters
 
 
 def push(
@@ -91,6 +107,7 @@ class Push:
         self._creating = False
         self._adapter: Adapter | None = None
         self._there: list[str] = []
+        self._sent = ""
         self._refused: dict[str, Refused] = {}
         self._sums: Sums = {}
         self._noted: Sums = {}
@@ -103,11 +120,14 @@ class Push:
             if self._creating:
                 return f"Whether {self._name} was created on the account is not known: push it again under that name"
             return "This push has put nothing on the account"
-        on = f"On the account now: {self._name} ({self._adapter.id}) with"
+        told = f"On the account now: {self._name} ({self._adapter.id})"
         if len(self._there) == len(ASSETS):
-            told = f"{on} both files; try it in a moment with --lora {self._name}"
+            told += f" with both files; try it in a moment with --lora {self._name}"
         else:
-            told = f"{on} {''.join(self._there) or 'no file'} from this push; to go on, push it again under that name"
+            if self._there or not self._sent:
+                told += f" with {''.join(self._there) or 'no file'} from this push"
+            told += f"; whether {self._sent} arrived is not known" if self._sent else ""
+            told += "; to go on, push it again under that name"
         return f"{told}. {self.doubt}" if self.doubt else told
 
     @property
@@ -140,15 +160,19 @@ class Push:
         try:
             with pushing(self._name):
                 self._sums = sums_of(self._folder, self._report)
+                # These very files: they may be others by now than those that were checked before.
+                check(self._folder, for_cloudflare=True)
                 return self._run(patience)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.told) from None
+        except HungUp:
+            raise AdapterError(f"the push of {self._name} was stopped. {self.told}") from None
         except MistralError as error:
             error.args = (f"{str(error).rstrip('.')}. {self.told}",)
             raise
 
     def stop(self) -> None:
-        """End it at once, whatever it waits for: `run`, in another thread, raises."""
+        """End it at once, whatever it waits for: `run`, in another thread, raises `AdapterError`."""
         self._account.hang_up()
 
     def _run(self, patience: float) -> Adapter:
@@ -172,7 +196,7 @@ class Push:
         self._creating = True
         try:
             self._adapter = self._account.create(self._name, self._description)
-        except (AuthenticationError, NotListening, RateLimited, Refused) as error:
+        except _DECLINED as error:
             self._creating = False
             if isinstance(error, Refused) and others >= MOST:
                 full = f"The account has {others} adapters, and an account may have {MOST} or 100"
@@ -223,8 +247,11 @@ class Push:
         """
         for name in ASSETS:
             try:
-                self._account.upload(adapter, self._folder / name, self._sums[name], self._report)
-            except Refused as error:
+                self._account.upload(adapter, self._folder / name, self._sums[name], partial(self._sending, name))
+            except _DECLINED as error:
+                self._sent = ""
+                if not isinstance(error, Refused):
+                    raise
                 if not resumed:
                     self._noted = {each: self._sums[each] for each in self._there}
                     note(adapter, self._noted)
@@ -232,6 +259,7 @@ class Push:
                 self._refused[name] = error
                 continue
             self._there.append(name)
+            self._sent = ""
             if name not in self._noted:
                 self._noted[name] = self._sums[name]
                 note(adapter, self._noted)
@@ -276,6 +304,12 @@ class Push:
 
     def _say(self, step: str) -> None:
         self._progress(Progress(step, 0, None))
+
+    def _sending(self, name: str, step: str, done: int, total: int | None) -> None:
+        """With the last piece that is given out, the service may have the file, whatever comes of its answer."""
+        self._report(step, done, total)
+        if done == total:
+            self._sent = name
 
     def _report(self, step: str, done: int, total: int | None) -> None:
         self._progress(Progress(step, done, total))

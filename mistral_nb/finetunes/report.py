@@ -9,7 +9,7 @@ from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.config import Settings
 from mistral_nb.finetunes.adapter import Adapter
 from mistral_nb.finetunes.check import AdapterInfo, check, fixed_copy
-from mistral_nb.finetunes.cloudflare import list_adapters, public_adapters
+from mistral_nb.finetunes.cloudflare import listed
 from mistral_nb.finetunes.store import AdapterStore
 from mistral_nb.progress import amount
 from mistral_nb.tables import table
@@ -34,16 +34,18 @@ def account_report(settings: Settings) -> str:
     """The adapters of the Cloudflare account, if the settings have one. Raises `MistralError`."""
     if not settings.cloudflare_account_id or not settings.cloudflare_api_token:
         return "No Cloudflare account: set CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN to see its adapters"
-    adapters = list_adapters(settings)
-    if not adapters:
-        return "No adapters on the Cloudflare account; put one there with: mistral-nb lora push FOLDER --name NAME"
-    return f"On the Cloudflare account:\n{_rows(adapters)}"
+    adapters, left_out = listed(settings)
+    told = "No adapters on the Cloudflare account; put one there with: mistral-nb lora push FOLDER --name NAME"
+    if adapters:
+        told = f"On the Cloudflare account:\n{_rows(adapters)}"
+    return "\n".join(filter(None, (told, left_out)))
 
 
 def public_report(settings: Settings) -> str:
     """Cloudflare's own adapters. Raises `MistralError`."""
-    adapters = public_adapters(settings)
-    return f"Cloudflare's own, for every account:\n{_rows(adapters)}" if adapters else "Cloudflare has none of its own."
+    adapters, left_out = listed(settings, public=True)
+    told = f"Cloudflare's own, for every account:\n{_rows(adapters)}" if adapters else "Cloudflare has none of its own."
+    return "\n".join(filter(None, (told, left_out)))
 
 
 def check_report(folder: Path, *, for_cloudflare: bool, fix: Path | None) -> str:

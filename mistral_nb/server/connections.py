@@ -22,16 +22,22 @@ MAX_HEAD = 65_536
 READ_RATE = 1024
 """Bytes a second that a peer must take of what waits for it, or else it does not read."""
 
-LINGER = 5.0
-"""Seconds for a peer that still sends to take note of an answer that ends the connection."""
+LINGER = 2.0
+"""Seconds for a peer that still sends: to take note of an answer that ends the connection, and, once the server shuts
+down, to send the rest of a body. A shutdown gives connections 3 seconds in all.
+"""
+
+UNTAKEN = 10
+"""How many times its patience a peer may take none of what it was sent: the window of a slow one is long shut."""
 
 
 class BoundedHttp(H11Protocol):
     """uvicorn's protocol for connections whose peers may be slow or silent on purpose.
 
     Cut are those that do not send a whole head within `head_patience` seconds of their first byte or of connecting,
-    those that read less than `READ_RATE` for `read_patience` seconds while there is something to read or whose machine
-    is gone for as long, and those beyond `max_connections`. Their requests see that the client has left.
+    those that read less than `READ_RATE` for `read_patience` seconds while there is something to read, those whose
+    machine is gone for as long, or `UNTAKEN` times as long where something was on its way to it, and those beyond
+    `max_connections`. Their requests see that the client has left.
     """
 
     head_patience = 20.0
@@ -68,6 +74,11 @@ class BoundedHttp(H11Protocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing: an offer of HTTP/2 or WebSockets may be left unanswered. uvicorn would have packages installed."""
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_started:
+            self._linger.light()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP as the wire has it, unless an answer was begun: uvicorn's own would fail then.
 
@@ -77,11 +88,12 @@ class BoundedHttp(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            bodiless = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
             error = WireError(400, 6003, f"Invalid request: send HTTP/1.1, with a head of at most {MAX_HEAD} bytes")
             body = json.dumps(error.body).encode()
             headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
             response = h11.Response(status_code=error.status, headers=[*headers.items()], reason=b"Bad Request")
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            for event in (response, *([] if bodiless else [h11.Data(data=body)]), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -135,7 +147,12 @@ class _Closing:
 
 def _notice_absence(connection: socket.socket, seconds: float) -> None:
     """Let the system drop a peer that went without a word, as one does whose cable was pulled. Linux has the bounds."""
-    bounds = {"TCP_KEEPIDLE": seconds / 2, "TCP_KEEPINTVL": seconds / 6, "TCP_USER_TIMEOUT": seconds * 1000}
+    bounds = {
+        "TCP_KEEPIDLE": seconds / 2,
+        "TCP_KEEPINTVL": seconds / 6,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": seconds * UNTAKEN * 1000,
+    }
     with contextlib.suppress(OSError):  # macOS takes no options for a connection that its peer has reset
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in bounds.items():

@@ -13,6 +13,8 @@ from mistral_nb.backends.exchange import Exchange
 from mistral_nb.backends.pump import Pump
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
 from mistral_nb.errors import BackendError, MistralError, StreamTruncated
+from mistral_nb.foreign import plain_lines
+from mistral_nb.secret import Secret
 from mistral_nb.types import Chunk, GenerationRequest, Usage
 from tests.backends.scripted import TOKEN, Peer, body, frame, head
 from tests.backends.test_workers_ai import collect, text_of
@@ -153,3 +155,36 @@ def test_an_event_stream_that_breaks_off_before_its_first_frame_is_asked_for_aga
     chunks, error = collect(client(retry_deadline=20))
     assert error is None
     assert text_of(chunks) == "Hi"
+
+
+@pytest.mark.parametrize("parts", [(b"\xef\xbb\xbf{",), (b"\xef", b"\xbb\xbf", b"{"), (b"\n", b"\xef\xbb\xbf\n{")])
+def test_a_byte_order_mark_before_an_answer_is_none_of_it(peer: Peer, client: Make, parts: tuple[bytes, ...]) -> None:
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b'"response":"Hi"}', b"")]
+    peer.scripts = [[head("200 OK", "application/json", "Transfer-Encoding: chunked"), *chunks]]
+    chunks_seen, error = collect(client())
+    assert error is None
+    assert text_of(chunks_seen) == "Hi"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        body({"errors": [{"message": " " * 1965 + TOKEN * 9, "code": 7000}]}, "400 No"),
+        [head(), frame("x" * 165 + TOKEN * 9)],
+        body({"x": "x" * 155 + TOKEN * 9}),
+        body(["x" * 155 + TOKEN * 9], "400 No"),
+    ],
+    ids=["message", "frame", "body", "list"],
+)
+@pytest.mark.parametrize("engine", [True, False])
+def test_no_part_of_a_token_that_a_peer_says_again_is_shown(
+    peer: Peer, client: Make, script: Any, engine: bool
+) -> None:
+    peer.scripts = [script]
+    error = collect(client(engine=engine))[1]
+    assert error is not None
+    assert TOKEN[:4] not in str(error)
+
+
+def test_lines_that_begin_with_blanks_are_shown_clean() -> None:
+    assert plain_lines(" " * 7990 + "\n" + TOKEN + " is\nwrong ", Secret(TOKEN)) == "[token] is\nwrong"

@@ -175,6 +175,31 @@ def test_an_adapter_that_the_server_does_not_heed_is_refused(ask: Callable[..., 
     assert (answer.result.model, answer.result.adapter) == (MODEL, "mine")
 
 
+@pytest.mark.parametrize(
+    ("lora", "told", "heeded"),
+    [
+        (f"{MODEL}-pirate", MODEL, False),
+        ("Mistral", MODEL, False),
+        ("me/pirate", "pirate", True),
+        ("pirate", "me/pirate", True),
+        ("pirate", "pirate-2024", True),
+        (MODEL, MODEL, True),
+    ],
+)
+def test_an_adapter_that_is_called_after_its_model_is_not_the_model(
+    peer: Peer, lora: str, told: str, heeded: bool
+) -> None:
+    peer.scripts = [stream(named(told, "Hi"), delta(None, "stop"))]
+    answer = Answer(make(peer), HELLO.with_(lora=lora))
+    if heeded:
+        assert [chunk.text for chunk in answer if chunk.text] == ["Hi"]
+        assert answer.result.adapter == lora
+    else:
+        with pytest.raises(InvalidRequest, match=f"^lora = '{lora}'.* answers with {told}"):
+            list(answer)
+        assert answer.text == ""
+
+
 def test_functions_are_tools_by_what_their_code_says(ask: Callable[..., list[Chunk]], peer: Peer) -> None:
     peer.scripts = [stream(delta("x", "stop"))]
     python = 'def weather(city: str):\n    """Tells the weather."""\n    raise SystemExit'

@@ -236,7 +236,7 @@ def test_a_field_of_another_kind_is_left_out(more: Any) -> None:
         ('{"error":{"message":"broken","code":"%s"}}' % ("9" * 5000), "broken", None),
         ('{"error":{"message":"broken","code":[5006]}}', "broken", None),
         ('{"error":{"message":["broken"]}}', "broken", None),
-        ('{"error":"%s"}' % ("broken" * 9000), r"^.{1997}\.\.\.$", None),
+        ('{"error":"%s"}' % ("broken" * 9000), "^(broken){9000}$", None),
         ("[" * 100_000, "not a JSON object", None),
         ('{"error":' + "[" * 100_000 + "]" * 100_000 + "}", "not a JSON object", None),
         ('{"response":"half', "not a JSON object", None),

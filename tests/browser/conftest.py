@@ -8,13 +8,17 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, ViewportSize, expect, sync_playwright
 
+from tests.browser.chat_page import Notebook, Teller
+
+SIZE: ViewportSize = {"width": 1280, "height": 900}
 CHROMIUM = [
     "--no-sandbox",
     "--disable-gpu",
@@ -61,8 +65,10 @@ class Lab:
             time.sleep(0.1)
         raise RuntimeError(f"JupyterLab did not start:\n{(self.folder / 'server.log').read_text()}")
 
-    def address(self, notebook: str) -> str:
-        return f"{self.url}lab/tree/{notebook}?token={self.token}&reset"
+    def address(self, notebook: str, front_end: str = "lab") -> str:
+        """Of a notebook in JupyterLab, or with "notebook" in Notebook 7, which the same server has."""
+        place = {"lab": "lab/tree", "notebook": "notebooks"}[front_end]
+        return f"{self.url}{place}/{notebook}?token={self.token}&reset"
 
     def open(self, page: Page, notebook: str, cells: Sequence[str]) -> list[Locator]:
         """Open a new notebook with `cells` in `page`, its kernel idle; returns the cells."""
@@ -85,18 +91,68 @@ class Lab:
         self._log.close()
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory, chromium: str) -> Iterator[Lab]:
+@pytest.fixture(scope="session")
+def lab(own_settings: None, chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     server = Lab(tmp_path_factory.mktemp("lab"))
     yield server
     server.close()
 
 
-@pytest.fixture
-def page(chromium: str) -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """Not for longer than a module: as long as it is there, asyncio cannot be used beside it."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(60_000)
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page with cookies and storage of its own."""
+    page = browser.new_page(viewport=SIZE)
+    page.set_default_timeout(60_000)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def teller() -> Iterator[Teller]:
+    """The account that the kernels of this module's notebooks ask."""
+    expect.set_options(timeout=20_000)
+    teller = Teller()
+    yield teller
+    teller.close()
+
+
+@pytest.fixture(scope="module", params=["lab", "notebook"])
+def notebook(request: pytest.FixtureRequest, lab: Lab, browser: Browser, teller: Teller) -> Iterator[Notebook]:
+    """One notebook for all tests of a module, in JupyterLab and then in Notebook 7."""
+    with opened(
+        lab, browser, request.param, f"{request.module.__name__.rpartition('.')[2]}-{request.param}", teller
+    ) as it:
+        yield it
+
+
+@contextmanager
+def opened(lab: Lab, browser: Browser, front_end: str, name: str, teller: Teller) -> Iterator[Notebook]:
+    context = browser.new_context(viewport=SIZE, permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    yield Notebook(lab, page, front_end, f"{name}.ipynb", teller)
+    context.close()
+
+
+@pytest.fixture
+def shoot(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Page | Locator, str], Path]:
+    """Keeps a picture by its name in $TEST_SCREENSHOTS, or in a folder that pytest keeps for the last three runs."""
+    wanted = os.environ.get("TEST_SCREENSHOTS")
+    folder = Path(wanted) if wanted else tmp_path_factory.getbasetemp() / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def shoot(what: Page | Locator, name: str) -> Path:
+        path = folder / f"{name}.png"
+        what.screenshot(path=path)
+        return path
+
+    return shoot

@@ -56,7 +56,7 @@ for folder in map(Path, sys.argv[1:]):
     seen.clear()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    before, start, message = resident("VmRSS"), time.perf_counter(), None
+    before, start, message = resident("VmRSS"), time.process_time(), None
     watching = True
     try:
         describe(folder)
@@ -66,7 +66,7 @@ for folder in map(Path, sys.argv[1:]):
         message = f"NOT A ModelError: {error!r}"
     finally:
         watching = False
-    seconds, grown = time.perf_counter() - start, resident("VmHWM") - before
+    seconds, grown = time.process_time() - start, resident("VmHWM") - before
     results[folder.name] = {"message": message, "seconds": seconds, "grown": grown, "events": list(seen)}
 print(json.dumps(results))
 """
@@ -74,7 +74,10 @@ print(json.dumps(results))
 
 @dataclass(frozen=True)
 class Refusal:
-    """What became of one folder. `message` is None where it was accepted; `events` are Python's audit events."""
+    """What became of one folder. `message` is None where it was accepted; `events` are Python's audit events.
+
+    `seconds` are of CPU time, which does not depend on what else the machine does.
+    """
 
     folder: Path
     message: str | None

@@ -223,6 +223,15 @@ def test_a_schema_that_no_grammar_can_be_made_of(smol: Tokenizer, schema: dict[s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", "add"])
+def test_a_single_call_may_be_asked_for(smol: Tokenizer, choice: str) -> None:
+    follows = smol.constraint(FUNCTIONS, choice, smol.vocab_size, single=True)
+    assert follows is not None
+    read_out(smol, follows, CALL.removesuffix("]"))
+    then = {text: bool(follows.allowed()[smol._encode([text])[0]]) for text in ("]", ",")}
+    assert then == {"]": True, ",": False}
+
+
 def read_out(tokenizer: Tokenizer, follows: Constraint, text: str) -> None:
     for token in tokenizer._encode([text]):
         assert follows.allowed()[token]

@@ -27,8 +27,8 @@ PUBLIC = {
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 Fault = tuple[int, Any] | tuple[int, Any, dict[str, str]] | str | threading.Event
-"""A status with a body and headers; "closed" before an answer, or "cut" in the middle of an upload; or an event to wait
-for, after which all goes on."""
+"""A status with a body and headers; "closed" before an answer, "stored" before it with all done, or "cut" in the middle
+of an upload; or an event to wait for, after which all goes on."""
 
 
 def error(code: int, message: str) -> dict[str, Any]:
@@ -141,14 +141,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers["authorization"] != f"Bearer {TOKEN}":
             return self._send(401, error(10000, "Authentication error"))
         path = self.path.removeprefix(f"{BASE}/")
-        if self._fault(f"{self.command} {path}"):
+        if self._fault(path, body):
             return None
         return self._send(*self._result(path, body))
 
-    def _fault(self, asked: str) -> bool:
+    def _fault(self, path: str, body: bytes) -> bool:
         """Whether a fault was played instead of an answer."""
         state = self.finetunes
-        faults = state.faults.get(asked)
+        faults = state.faults.get(f"{self.command} {path}")
         if not faults:
             return False
         fault = faults.pop(0)
@@ -157,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             assert fault.wait(PATIENCE)
             return False
         if isinstance(fault, str):
+            if fault == "stored":
+                self._result(path, body)
             self.close_connection = True
             return True
         self._send(*fault)
@@ -205,9 +207,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"content-type": "application/json", **(headers or {})}.items():
+        size = str(len(content))
+        sent = {"content-type": "application/json", "content-length": size, **(headers or {})}
+        for name, value in sent.items():
             self.send_header(name, value)
-        self.send_header("content-length", str(len(content)))
+        self.close_connection = self.close_connection or sent["content-length"] != size
         self.end_headers()
         self.wfile.write(content)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mistral_nb.errors import AdapterError
+from mistral_nb.errors import AdapterError, ModelError
 from mistral_nb.finetunes.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mistral_nb.finetunes.check import AdapterInfo, check, fixed_copy, inspect
 from mistral_nb.finetunes.tensors import MISTRAL_7B, MODULES
@@ -56,6 +56,11 @@ def test_every_module_of_every_layer(tmp_path: Path) -> None:
     assert info.rank == 16
     assert len(info.warnings) == 1
     assert "the rank is 16: Cloudflare's newer documents allow 32, the older ones 8" in info.warnings[0]
+
+
+def test_a_folder_that_the_system_does_not_show_is_told() -> None:
+    with pytest.raises(ModelError, match=r"cannot be read|is no folder"):
+        check(Path("x" * 300), for_cloudflare=True)
 
 
 @pytest.mark.parametrize(

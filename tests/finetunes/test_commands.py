@@ -170,6 +170,20 @@ def test_a_file_that_was_not_replaced_is_told_loudly(say: Say, account: Finetune
     assert f"\nWARNING: {CONFIG_FILE} of tone was on the account before this push and not replaced" in told
 
 
+def test_a_list_tells_how_much_of_it_cannot_be_read(say: Say, account: FinetunesServer) -> None:
+    account.add("one")
+    account.add("odd\u200bname")
+    account.adapters["none"] = {"id": "?"}
+    status, told, _ = say("list")
+    assert status == 0
+    assert "one " in told
+    assert told.endswith("\n2 of 3 in Cloudflare's list cannot be read: left out\n")
+    account.faults["GET finetunes/public"] = [(200, {"success": True, "result": [{}]})]
+    assert say("public")[1].endswith(
+        "Cloudflare has none of its own.\n1 of 1 in Cloudflare's list cannot be read: left out\n"
+    )
+
+
 def test_what_the_service_calls_an_adapter_reaches_no_terminal(
     say: Say, account: FinetunesServer, folder: Path
 ) -> None:
@@ -177,7 +191,7 @@ def test_what_the_service_calls_an_adapter_reaches_no_terminal(
         account.faults["POST finetunes"] = [(200, {"success": True, "result": record})]
         status, told, problem = say("push", folder, "--name", "tone")
         assert status == 1
-        assert "Cloudflare described an adapter as" in problem
+        assert "Cloudflare described an adapter in a form that cannot be read" in problem
         assert "\x1b" not in told + problem
 
 
@@ -193,8 +207,8 @@ def test_an_interrupted_push_says_what_is_there(account: FinetunesServer, folder
         hold.set()
     assert (process.returncode, told) == (130, "")
     assert problem.endswith(
-        f"mistral-nb: interrupted; On the account now: tone ({FIRST}) with no file from this push; to go on, push it "
-        "again under that name\n"
+        f"mistral-nb: interrupted; On the account now: tone ({FIRST}); whether {CONFIG_FILE} arrived is not known; to "
+        "go on, push it again under that name\n"
     )
     assert "Traceback" not in problem
     assert os.environ["CLOUDFLARE_API_TOKEN"] not in problem

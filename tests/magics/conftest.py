@@ -11,6 +11,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from tests.backends.scripted import TOKEN, Peer
+from tests.chat.conftest import make, session  # noqa: F401  fixtures of a chat that asks `peer`
 from tests.magics.kernels import Kernel
 from tests.models.hub_server import HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded

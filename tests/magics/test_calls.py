@@ -11,7 +11,6 @@ import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 
-from mistral_nb_magics.display import calls_as_json
 from tests.backends.scripted import Peer, frame, head
 from tests.magics.kernels import Kernel
 
@@ -50,10 +49,13 @@ def test_the_calls_are_run_and_shown(
     assert [record.result for record in shell.user_ns["answer"].calls] == [42, "\x1b[31m<b>Ann", 42]
     assert shell.user_ns["seen"] == [(40, 2), (40, 2)]
     told = capsys.readouterr().out
-    assert [line for line in told.splitlines() if "→" in line] == [
-        "add(a=40) → 42",
-        "name(who='Ann') → '\\x1b[31m<b>Ann'",
-        "add(a=40) → 42",
+    assert told.splitlines()[:6] == [
+        "add(a=40)",
+        "→ 42",
+        "name(who='Ann')",
+        "→ '\\x1b[31m<b>Ann'",
+        "add(a=40)",
+        "→ 42",
     ]
     assert "\x1b[31m" not in told
     assert told.count("It is 42.") == 1
@@ -77,12 +79,12 @@ def test_without_call_the_calls_are_shown_and_nothing_runs(
 
 def test_calls_that_are_nested_too_deeply_are_not_shown(run: RunCell, cloud: Peer) -> None:
     cloud.scripts = [ANSWER]
-    result = run("%mistral Hi").result
+    result: Any = run("%mistral Hi").result
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
     calls = ({"name": "add", "arguments": {"a": nested}},)
-    assert "nested too deeply to be shown" in calls_as_json(replace(result, tool_calls=calls))
+    assert "nested too deeply to be shown" in replace(result, tool_calls=calls).calls_as_json
 
 
 def test_the_rounds_are_bounded(
@@ -108,14 +110,18 @@ def test_what_goes_wrong_in_a_call_is_told_to_the_model(run: RunCell, cloud: Pee
     assert cloud.seen[-1].json["messages"][-1]["content"] == '{"error": "a must be a whole number, not \'x\'"}'
 
 
-def test_an_interrupt_in_a_call_ends_the_cell(run: RunCell, cloud: Peer, shell: InteractiveShell) -> None:
+def test_an_interrupt_in_a_call_ends_the_cell(
+    run: RunCell, cloud: Peer, shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
+) -> None:
     cloud.scripts = [calling(ADD), calling(ADD, {"name": "stop", "arguments": {}}), ANSWER]
     run(f"{DEFINE}\ndef stop():\n    raise KeyboardInterrupt")
     result = run("%mistral Hi --functions add,stop --call -o answer")
     assert isinstance(result.error_in_exec, KeyboardInterrupt)
     assert len(cloud.seen) == 2
     kept = shell.user_ns["answer"]
-    assert [record.result for record in kept.calls] == [42, 42]
+    assert [str(record) for record in kept.calls[:2]] == ["add(a=40) → 42"] * 2
+    assert str(kept.calls[2]) == "stop() → failed: stopped before it ended"
+    assert "→ 42\nstop()\n" in capsys.readouterr().out
     assert run("%mistral last").result is kept
     assert result.error_in_exec.result is kept  # type: ignore[attr-defined]
 
@@ -142,12 +148,12 @@ def test_what_cannot_be(run: RunCell, cloud: Peer, line: str, problem: str) -> N
 
 def test_in_a_kernel_the_outputs_come_in_order(cloud: Peer, kernel: Kernel) -> None:
     cloud.scripts = [calling(ADD), ANSWER]
-    assert kernel.run(DEFINE).status == "ok"
+    assert kernel.run(DEFINE.replace("seen.append", 'print("adding"); seen.append')).status == "ok"
     reply = kernel.run("%%mistral --functions add --call\nWhat is 40 + 2?")
     assert reply.status == "ok"
-    shown = [output.content["text"] if output.kind == "stream" else output.plain for output in reply.outputs]
-    shown = [text for text in shown if text]
-    assert shown[0] == "add(a=40) → 42\n"
+    streams = [output.content["text"] for output in reply.outputs if output.kind == "stream"]
+    assert "".join(streams) == "add(a=40)\nadding\n→ 42\n"
+    shown = [output.plain for output in reply.outputs]
     assert shown[-1].startswith("It is 42.")
     assert "(empty)" not in "".join(shown)
 

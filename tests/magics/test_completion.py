@@ -10,7 +10,13 @@ import pytest
 from IPython.core import completer
 from IPython.core.interactiveshell import InteractiveShell
 
+from mistral_nb.config import load_settings
+from mistral_nb.finetunes import AdapterStore
+from mistral_nb.finetunes.adapter import DEFAULT_MODEL
+from mistral_nb.finetunes.cloudflare import list_adapters, push
 from mistral_nb_magics.completion import candidates
+from tests.finetunes.adapters import write_adapter
+from tests.finetunes.finetunes_server import FinetunesServer
 from tests.models.tiny_repos import sharded
 
 NAMES = {"topic": "tides", "table": SimpleNamespace(columns=["a"], count=1), "_hidden": 1}
@@ -33,6 +39,12 @@ OPTIONS = ["--max-tokens", "--model", "--temperature"]
         ("%mistral pull --", None, "--", ["--revision", "--name"]),
         ("%mistral pull org/name --r", None, "--r", ["--revision"]),
         ("%mistral models smollm2-", None, "smollm2-", ["smollm2-135m-instruct"]),
+        ("%mistral lora pu", None, "pu", ["public", "push"]),
+        ("%mistral lora push x --", None, "--", ["--name", "--model", "--description"]),
+        ("%mistral lora push x --model @", None, "@", [DEFAULT_MODEL]),
+        ("%mistral lora list --", None, "--", []),
+        ("%mistral lora adapters explained --te", None, "--te", ["--temperature"]),
+        ("%%mistral --lora cf-public-m", None, "cf-public-m", ["cf-public-magicoder"]),
         ("Pull %mistral pull emb", None, "", []),
         ("%%mistral -o t", None, "t", ["table", "topic"]),
         ("Explain {{to", "%%mistral", "to", ["topic"]),
@@ -61,10 +73,51 @@ def test_what_is_in_the_store_is_offered(tmp_path: Path, monkeypatch: pytest.Mon
         assert candidates(line, line, NAMES, OPTIONS) == ("own", ["own-model"])
 
 
+def test_folders_are_offered_for_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tone/inner", "tide", ".hidden", "two words"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "tune.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for word, wanted in (
+        ("", ["tide/", "tone/"]),
+        ("to", ["tone/"]),
+        ("./t", ["./tide/", "./tone/"]),
+        ("~/tone/", ["~/tone/inner/"]),
+        (f"{tmp_path}/.", [f"{tmp_path}/.hidden/"]),
+        ("nobody/", []),
+    ):
+        for action in ("check", "push"):
+            line = f"%mistral lora {action} {word}"
+            assert candidates(line, line, NAMES, OPTIONS) == (word, wanted)
+    assert candidates("%mistral lora list t", "", NAMES, OPTIONS) == ("t", [])
+
+
+def test_adapters_that_are_known_here_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The account is not asked: there is nobody at its address."""
+    monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path))
+    with FinetunesServer() as account:
+        settings = load_settings(environ=account.environment)
+        account.add("tide-elsewhere")
+        account.add("tide in two words")
+        push(write_adapter(tmp_path / "tide-pushed"), "tide-pushed", settings=settings)
+        assert account.seen[1:]
+        offered = ["tide-pushed"]
+        AdapterStore().create("tide-here", "mine")
+        offered = sorted([*offered, "tide-here"])
+        line = "%%mistral --lora tide"
+        assert candidates(line, line, NAMES, OPTIONS) == ("tide", offered)
+        list_adapters(settings)
+    offered = sorted([*offered, "tide-elsewhere"])
+    for line in ("%%mistral --lora tide", "%mistral Hi --lora tide"):
+        assert candidates(line, line, NAMES, OPTIONS) == ("tide", offered)
+
+
 def test_a_store_that_cannot_be_read_is_no_error_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     monkeypatch.setenv("MISTRAL_NB_HOME", str(tmp_path / "loop"))
     assert candidates("%mistral pull emb", "%mistral pull emb", NAMES, OPTIONS) == ("emb", ["embedded"])
+    assert "cf-public-magicoder" in candidates("%%mistral --lora ", "%%mistral", NAMES, OPTIONS)[1]
 
 
 def test_model_names_are_offered() -> None:

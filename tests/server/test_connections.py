@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -28,7 +28,7 @@ from mistral_nb.server.listening import Listener
 from tests.server.engines import DEADLINE, eventually
 
 SOON = 0.3
-BODIES = {"/short": b"short", "/large": bytes(16 << 20)}
+BODIES = {"/short": b"short", "/medium": bytes(400_000), "/large": bytes(16 << 20)}
 
 
 class Hasty(BoundedHttp):
@@ -67,6 +67,11 @@ class Listening:
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in BODIES:
             await Response(BODIES[scope["path"]])(scope, receive, send)
+            return
+        if scope["path"] == "/body":
+            with pytest.raises(ClientDisconnect):
+                await Request(scope, receive).body()
+            self.left.set()
             return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         with pytest.raises(ClientDisconnect):
@@ -172,6 +177,20 @@ def test_a_large_answer_reaches_a_client_that_reads_slowly(connection: str) -> N
     server.close()
 
 
+def test_a_client_whose_window_is_long_shut_is_not_cut(listening: Listening) -> None:
+    """As that of a slow reader with Ethernet's segments: the system lets it take some 100 KB at a time."""
+    with socket.socket() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
+        client.settimeout(DEADLINE)
+        client.connect(listening.socket.getsockname())
+        client.sendall(b"GET /medium HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        length = 0
+        while part := client.recv(1 << 14):
+            length += len(part)
+            time.sleep(0.1)  # how fast it reads: the window is shut three times as long as is waited for others
+    assert length > len(BODIES["/medium"])
+
+
 def test_a_client_that_does_not_read_what_is_left_is_cut(listening: Listening) -> None:
     """Although nothing more is written to it."""
     client = listening.connect(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
@@ -186,6 +205,20 @@ def test_an_early_answer_reaches_a_client_that_still_sends() -> None:
     with patient.connect(head + bytes(size)) as connection, connection.makefile("rb") as answer:
         assert answer.read().endswith(b"short")
     patient.close()
+
+
+def test_a_body_that_does_not_come_holds_no_shutdown_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "LINGER", SOON)
+    server = Listening(BoundedHttp)
+    with server.connect(b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"):
+        eventually(lambda: bool(server.server.server_state.tasks), "the request is there")
+        server.server.should_exit = True
+        server.thread.join(DEADLINE)
+        assert server.left.is_set()
+    server.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_who_does_not_stop_sending_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +240,10 @@ def test_who_does_not_stop_sending_is_cut(monkeypatch: pytest.MonkeyPatch) -> No
         ("GET /endless HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked", [b"", b"no size\r\n"], 200),
         ("GET /short HTTP/1.1\r\nHost: a\r\nHost: b", [b""], 400),
         ("\x16\x03\x01", [b""], 400),
+        ("HEAD /short HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked", [b"no size\r\n"], 400),
+        ("HEAD /short HTTP/1.1\r\nHost: a\r\n\r\nGET /short HTTP/1.1\r\nno header", [b""], 200),
     ],
-    ids=["at once", "after", "after the last", "during", "two hosts", "TLS"],
+    ids=["at once", "after", "after the last", "during", "two hosts", "TLS", "HEAD", "after HEAD"],
 )
 def test_what_is_no_http_ends_the_connection(
     listening: Listening, caplog: pytest.LogCaptureFixture, head: str, parts: list[bytes], status: int
@@ -222,7 +257,8 @@ def test_what_is_no_http_ends_the_connection(
             told = told if status == 200 else told + more
     assert told.startswith(f"HTTP/1.1 {status} ".encode())
     if status == 400:
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["errors"][0]["code"] == 6003
+        body = told.partition(b"\r\n\r\n")[2]
+        assert body == b"" if head.startswith("HEAD") else json.loads(body)["errors"][0]["code"] == 6003
     assert not [record for record in caplog.records if record.exc_info or record.levelno > logging.WARNING]
 
 

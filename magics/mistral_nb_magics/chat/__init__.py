@@ -1,0 +1,1 @@
+"""The chat widget: `mistral_nb.Chat` and `%mistral chat`."""
