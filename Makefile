@@ -9,7 +9,7 @@ ARGS    ?=
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test check format readme lab bench gpu clean
+.PHONY: help demo test check format lab bench mutants kernels kernels-readme gpu clean
 
 help:
 	@echo "make demo    run examples/quickstart.ipynb with the embedded model and print the answers as they stream"
@@ -17,6 +17,8 @@ help:
 	@echo "make check   lint, format check, types, generated parts of the README"
 	@echo "make lab     open the quickstart in JupyterLab"
 	@echo "make bench   measure the embedded model on this machine"
+	@echo "make mutants break the kernels one line at a time; each has to turn a test red"
+	@echo "make kernels compile the kernels for every architecture, without a GPU, and check what the code uses"
 	@echo "make gpu     run the GPU tests with this host's own python3 and torch (PART=device for one file)"
 	@echo "make format  fix what ruff can fix, and the generated parts of the README"
 
@@ -42,6 +44,15 @@ lab: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python -m mistral_nb bench $(ARGS)
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/kernels/mutants.py
+
+kernels: $(VENV)/.dev
+	PYTHONPATH=kernels $(BIN)/python -m mistral_nb_kernels.compile_report --check kernels/README.md
+
+kernels-readme: $(VENV)/.dev
+	PYTHONPATH=kernels $(BIN)/python -m mistral_nb_kernels.compile_report --write kernels/README.md
 
 # Nothing is installed: a GPU host brings python3, torch, triton and pytest, and the source roots are put on the path.
 gpu:

@@ -17,6 +17,25 @@ SETTINGS = ("MISTRAL_NB_", "CLOUDFLARE_")
 FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run under Triton's interpreter, which its first import decides; with `-m gpu` they run as they are.
+
+    A worker of pytest-xdist keeps to its share of the CPUs, with all that it starts. So the threads of one never wait,
+    spinning, for a CPU that another's have: five times as long for the engine's.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+        number, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cpus[number % len(cpus) :: workers])
+
+
+def pytest_collection_finish() -> None:
+    """By now every test module has been imported; engines that tests start are not to interpret."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No account, no user's configuration file, and a runtime and a log folder that end with the session.
@@ -57,23 +76,13 @@ def chromium() -> str:
     return path
 
 
-def pytest_configure() -> None:
-    """A worker of pytest-xdist keeps to its share of the CPUs, with all that it starts.
-
-    So the threads of one never wait, spinning, for a CPU that another's have: five times as long for the engine's.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-        number, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        cpus = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cpus[number % len(cpus) :: workers])
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked or (has_gpu() and config.option.markexpr == "gpu"):
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that torch sees"))
+    reason = "kernels are interpreted here: make gpu" if has_gpu() else "no NVIDIA GPU that torch sees"
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def has_gpu() -> bool:

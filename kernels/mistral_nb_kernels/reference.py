@@ -15,16 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_nb_kernels.paged import PagedKV, Rows
+
 __all__ = [
     "attention",
+    "decode_attention",
     "embedding",
     "linear",
     "linear_int8",
     "philox",
+    "prefill_attention",
     "quantize_int8",
     "rms_norm",
     "rope",
+    "rope_decode_attention",
     "rope_table",
+    "rope_write",
     "sample",
     "swiglu",
     "uniform",
@@ -96,6 +102,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
     return out[0].transpose(0, 1)
+
+
+def rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: PagedKV) -> Tensor:
+    """q [n, hq, d] rotated; k [n, hkv, d] goes rotated, v as it is, to the pages. cos, sin [positions, d].
+
+    Of a padding row nothing is written, and its queries come back undefined.
+    """
+    positions = rows.positions.long()
+    angles = positions.clamp_min(0)
+    turned = rope(k, cos[angles], sin[angles])
+    real = positions >= 0
+    sequences, positions = rows.sequences[real].long(), positions[real]
+    pages, offsets = kv.table[sequences, positions // kv.page].long(), positions % kv.page
+    kv.k[pages, :, offsets] = turned[real]
+    kv.v[pages, :, offsets] = v[real]
+    return rope(q, cos[angles], sin[angles])
+
+
+def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = None) -> Tensor:
+    """`attention` of each sequence's rows over its pages; q [n, hq, d], rotated and its keys written -> [n, hq, d]."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    starts = rows.starts.tolist()
+    for sequence, length in enumerate(rows.lengths.tolist()):
+        mine = slice(starts[sequence], starts[sequence + 1])
+        if mine.stop > mine.start:
+            out[mine] = attention(q[mine], *kv.of(sequence, length), window)
+    return out
+
+
+def decode_attention(q: Tensor, lengths: Tensor, kv: PagedKV, window: int | None = None) -> Tensor:
+    """`attention` of each sequence's newest token, q [batch, hq, d]; lengths [batch] with it. Zeros at length 0."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for sequence, length in enumerate(lengths.tolist()):
+        if length:
+            out[sequence] = attention(q[sequence : sequence + 1], *kv.of(sequence, length), window)[0]
+    return out
+
+
+def rope_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    kv: PagedKV,
+    window: int | None = None,
+) -> Tensor:
+    """`rope_write` of the newest tokens q [batch, hq, d], k, v [batch, hkv, d], then `decode_attention`."""
+    batch = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    rows = Rows(batch, lengths, batch[:-1], lengths - 1, longest=1)
+    return decode_attention(rope_write(q, k, v, cos, sin, rows, kv), lengths, kv, window)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

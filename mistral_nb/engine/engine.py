@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-import mistral_nb_kernels as ops
+import mistral_nb_kernels
 from mistral_nb.checkpoints.checkpoint import open_checkpoint
 from mistral_nb.checkpoints.memory import Device, Precision, check_fits
 from mistral_nb.engine.device import available_cpus, choose_device, choose_precision, free_memory
@@ -117,7 +117,7 @@ class Engine:
             context=args.context,
             vocab_size=args.vocab_size,
             threads=threads,
-            kernels=ops.kernels_in_use(),
+            kernels=mistral_nb_kernels.kernels_in_use(),
         )
         return cls(Transformer(args, weights), info, max_batch=max_batch)
 

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-import mistral_nb_kernels as ops
 from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.engine.kv_cache import KVCache
+from mistral_nb_kernels import reference as ops
 
 __all__ = ["Cancelled", "FloatLinear", "Int8Linear", "Layer", "Linear", "Span", "Transformer", "Weights"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import mistral_nb_kernels as ops
 from mistral_nb.engine.grammar import Constraint
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import FIELDS, GenerationRequest
+from mistral_nb_kernels import reference as ops
 
 __all__ = ["Sampler", "Sampling"]
 

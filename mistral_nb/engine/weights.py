@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import mistral_nb_kernels as ops
 from mistral_nb.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mistral_nb.checkpoints.memory import Precision
 from mistral_nb.engine.arena import Arena, pages
 from mistral_nb.engine.model import FloatLinear, Int8Linear, Layer, Linear, Weights
 from mistral_nb.engine.reading import DTYPES, Part, read_parts
+from mistral_nb_kernels import reference as ops
 
 __all__ = ["load_weights"]
 

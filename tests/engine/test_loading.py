@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mistral_nb_kernels as ops
 from mistral_nb.bench_load import make_checkpoint
 from mistral_nb.checkpoints import open_checkpoint
 from mistral_nb.checkpoints.memory import Precision, estimate
@@ -28,6 +27,7 @@ from mistral_nb.engine.load_probe import memory
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ConfigurationError, ModelError
 from mistral_nb.hardware import host_memory
+from mistral_nb_kernels import reference as ops
 from tests.checkpoints.tiny import hugging_face, sharded
 from tests.engine.sparse_checkpoint import BYTES_A_LAYER, LARGEST, sparse_checkpoint
 

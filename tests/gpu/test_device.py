@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
-import mistral_nb_kernels as ops  # noqa: E402
 from mistral_nb.engine import Engine, Sampling  # noqa: E402
+from mistral_nb_kernels import reference as ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import mistral_nb_kernels as ops
+from mistral_nb_kernels import reference as ops
 from mistral_nb_kernels.reference import philox
 
 ROWS = (1, 2, 3, 5, 8, 17, 64)

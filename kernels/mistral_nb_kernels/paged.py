@@ -1,0 +1,84 @@
+"""Paged keys and values, and the rows of several sequences: what every attention op is given.
+
+One layer's KV is `pages` of `page` tokens, each head's tokens contiguous within a page: [pages, n_kv_heads, page, d].
+A sequence's token at position p lies in page `table[sequence, p // page]` at p % page; a contiguous KV is one page as
+long as the context. Everything that changes from step to step is read from device memory, so a CUDA graph that was
+captured once serves every length: update the tensors in place and replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["PagedKV", "Rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """One layer's pages. k, v [pages, n_kv_heads, page, d] with the same strides; table [batch, most] int32.
+
+    `page` is a power of two from 16 up, and d is contiguous. A tile of keys never crosses a page: 64 tokens are enough
+    for every shipped config, fewer make its tiles smaller. Of the table only the entries that a sequence's length
+    covers are read.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.k.shape == self.v.shape
+        assert self.k.stride() == self.v.stride()
+        assert self.k.stride(-1) == 1
+        assert self.page >= 16
+        assert self.page & (self.page - 1) == 0
+        assert self.table.dtype == torch.int32
+        assert self.table.stride(-1) == 1
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def page(self) -> int:
+        """Tokens in a page."""
+        return self.k.shape[2]
+
+    def of(self, sequence: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens of a sequence, k and v [n_kv_heads, length, d]; a view of a lone page."""
+        pages = self.table[sequence, : -(-length // self.page)].long()
+        if len(pages) == 1:
+            page = int(pages)
+            return self.k[page, :, :length], self.v[page, :, :length]
+        k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.k, self.v))
+        return k, v
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a batch: each sequence's newest tokens, one sequence after another.
+
+    starts [batch + 1] int32: sequence b has rows starts[b] .. starts[b + 1] - 1. lengths [batch] int32: its tokens in
+    the KV once these are written; its rows are the last of them. sequences, positions [n] int32: of each row, the
+    position -1 for a row that is padding. longest: the most rows that a sequence has, known to the host.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    sequences: Tensor
+    positions: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu") -> Rows:
+        """From each sequence's number of rows and its length with them."""
+        n, t = torch.tensor(counts), torch.tensor(lengths)
+        starts = torch.cat((torch.zeros(1, dtype=n.dtype), n.cumsum(0)))
+        sequences = torch.arange(len(n)).repeat_interleave(n)
+        positions = torch.arange(int(starts[-1])) + (t - n - starts[:-1])[sequences]
+        starts, t, sequences, positions = (x.to(device, torch.int32) for x in (starts, t, sequences, positions))
+        return cls(starts, t, sequences, positions, max(counts))
