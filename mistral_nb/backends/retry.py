@@ -85,18 +85,18 @@ class Retries:
 def patiently(attempt: Callable[[], T], deadline: float, line: Line, emit: Emit) -> T:
     """What `attempt` gives, tried again within `deadline` seconds where its `MistralError` may mend.
 
-    A status is emitted before each wait. Ends with `HungUp` once `line` is hung up.
+    A status is emitted before each wait. What fails leaves no deadline on `line` for what comes after. Ends with `HungUp` once `line` is hung up.
     """
     retries = Retries(deadline)
     while True:
         try:
             return attempt()
         except MistralError as error:
+            line.release()
             again = None if line.hung_up else retries.next(error)
             if again is None:
                 raise
         wait, status = again
-        line.release()
         emit(Chunk(status=status))
         if line.wait(wait):
             raise HungUp

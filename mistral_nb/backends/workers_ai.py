@@ -105,7 +105,6 @@ class WorkersAI:
             if begun or line.hung_up:
                 raise
             _WITHDRAWN.add((self.base_url, self.model))
-            line.release()
             return True
         return False
 

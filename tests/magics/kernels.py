@@ -70,7 +70,7 @@ class Kernel:
 
     def run(self, code: str, watch: Callable[[Output], None] = lambda output: None, cell: str | None = None) -> Run:
         """Run a cell, by its id where it has one, until the kernel is idle again. `watch` sees outputs as they come."""
-        asked = {"code": code, "silent": False, "store_history": True, "allow_stdin": True, "stop_on_error": True}
+        asked = {"code": code, "silent": False, "store_history": True, "allow_stdin": True, "stop_on_error": False}
         message = self.client.session.msg("execute_request", asked)
         message["metadata"] = {"cellId": cell} if cell else {}
         self.client.shell_channel.send(message)

