@@ -85,7 +85,8 @@ class Retries:
 def patiently(attempt: Callable[[], T], deadline: float, line: Line, emit: Emit) -> T:
     """What `attempt` gives, tried again within `deadline` seconds where its `MistralError` may mend.
 
-    A status is emitted before each wait. What fails leaves no deadline on `line` for what comes after. Ends with `HungUp` once `line` is hung up.
+    A status is emitted before each wait. What fails leaves no deadline on `line` for what comes after. Ends with
+    `HungUp` once `line` is hung up.
     """
     retries = Retries(deadline)
     while True:
