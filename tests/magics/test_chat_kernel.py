@@ -295,7 +295,7 @@ def test_a_page_is_answered_while_a_cell_runs(page: KernelPage, chat_kernel: Ker
     client.control_channel.send(session.msg("create_subshell_request"))
     subshell = client.get_control_msg(timeout=30)["content"]["subshell_id"]
     scripted.scripts += [says("Yes, ", "meanwhile.")]
-    request = client.execute("import threading\nthreading.Event().wait(60)")
+    request = client.execute("import threading\nthreading.Event().wait(60)", stop_on_error=False)
     page.read_until(lambda: any(each["msg_type"] == "execute_input" for each in page.wire))
     message = session.msg(
         "comm_msg",
