@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from mistral_nb.errors import InvalidRequest, MistralError
+from mistral_nb.safe_markdown import fenced
 from mistral_nb.types import FIELDS, FinishReason, GenerationRequest, Message
 
 __all__ = ["CHAT_FIELDS", "Attachment", "ChatBusy", "ChatError", "Choice", "Turn", "compose", "new_id", "now"]
@@ -128,8 +128,6 @@ def compose(text: str, attachments: Iterable[Attachment]) -> str:
     """The question with its attachments under it, each in a fence that its own text cannot close."""
     parts = [text]
     for each in attachments:
-        longest = max((len(run) for run in re.findall("`+", each.text)), default=0)
-        fence = "`" * max(3, longest + 1)
-        body = each.text.rstrip("\n")
-        parts.append(f"{_TITLES[each.kind]} {each.name}:\n{fence}{_LANGUAGES.get(each.kind, '')}\n{body}\n{fence}")
+        body = fenced(each.text.rstrip("\n"), _LANGUAGES.get(each.kind, ""))
+        parts.append(f"{_TITLES[each.kind]} {each.name}:\n{body}")
     return "\n\n".join(part for part in parts if part.strip())
