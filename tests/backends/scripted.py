@@ -13,8 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PATIENCE = 10.0
+ACCOUNT = "0123456789abcdef0123456789abcdef"
 TOKEN = "s3cret-t0ken-never-shown"
 Step = bytes | threading.Event | str | Callable[[], None]
+
+
+def environment_of(url: str) -> dict[str, str]:
+    """The variables with which the server at `url` is the account."""
+    return {
+        "CLOUDFLARE_ACCOUNT_ID": ACCOUNT,
+        "CLOUDFLARE_API_TOKEN": TOKEN,
+        "MISTRAL_NB_CLOUDFLARE_BASE_URL": url,
+        "MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL": "true",
+    }
 
 
 @dataclass

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 from playwright.sync_api import Locator, Page, expect
 
-from tests.backends.scripted import TOKEN, Peer, frame, head
+from tests.backends.scripted import Peer, environment_of, frame, head
 
 if TYPE_CHECKING:
     from tests.browser.conftest import Lab
 
-ACCOUNT = "0123456789abcdef0123456789abcdef"
 USAGE = frame({"response": "", "usage": {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}})
 DONE = frame("[DONE]")
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
@@ -40,12 +39,7 @@ class Teller(Peer):
     @property
     def environment(self) -> dict[str, str]:
         """What a kernel needs to have the account as its own."""
-        return {
-            "CLOUDFLARE_ACCOUNT_ID": ACCOUNT,
-            "CLOUDFLARE_API_TOKEN": TOKEN,
-            "MISTRAL_NB_CLOUDFLARE_BASE_URL": self.url,
-            "MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL": "true",
-        }
+        return environment_of(self.url)
 
 
 def framed(step: Any) -> Any:

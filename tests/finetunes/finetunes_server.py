@@ -11,9 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
-from tests.backends.scripted import PATIENCE, TOKEN, Seen
+from tests.backends.scripted import ACCOUNT, PATIENCE, TOKEN, Seen, environment_of
 
-ACCOUNT = "0123456789abcdef0123456789abcdef"
 BASE = f"/client/v4/accounts/{ACCOUNT}/ai"
 PUBLIC = {
     "id": "99999999-0000-4000-8000-000000000001",
@@ -83,12 +82,7 @@ class FinetunesServer:
     @property
     def environment(self) -> dict[str, str]:
         """The variables with which this is the account."""
-        return {
-            "CLOUDFLARE_ACCOUNT_ID": ACCOUNT,
-            "CLOUDFLARE_API_TOKEN": TOKEN,
-            "MISTRAL_NB_CLOUDFLARE_BASE_URL": self.url,
-            "MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL": "true",
-        }
+        return environment_of(self.url)
 
     def asked(self, start: str = "") -> list[str]:
         """What was asked, such as `POST finetunes`."""

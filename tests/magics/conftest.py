@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from tests.backends.scripted import TOKEN, Peer
+from tests.backends.scripted import Peer, environment_of
 from tests.chat.conftest import make, session  # noqa: F401  fixtures of a chat that asks `peer`
 from tests.magics.kernels import Kernel
 from tests.models.hub_server import HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded
-
-ACCOUNT = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
@@ -29,10 +27,8 @@ def peer() -> Iterator[Peer]:
 @pytest.fixture
 def cloud(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> Peer:
     """The peer as the account that `auto` selects, in this process and in those that it starts."""
-    monkeypatch.setenv("CLOUDFLARE_ACCOUNT_ID", ACCOUNT)
-    monkeypatch.setenv("CLOUDFLARE_API_TOKEN", TOKEN)
-    monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_BASE_URL", peer.url)
-    monkeypatch.setenv("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL", "true")
+    for name, value in environment_of(peer.url).items():
+        monkeypatch.setenv(name, value)
     return peer
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.backends.scripted import TOKEN, Peer, frame, head
+from tests.backends.scripted import TOKEN, Peer, environment_of, frame, head
 from tests.chat.conftest import says
 from tests.magics.kernels import Kernel, Output
 from tests.magics.pages import KernelPage, open_chat
@@ -24,10 +24,8 @@ def shared(own_settings: None) -> Iterator[tuple[Kernel, Peer]]:
     """One kernel for the tests that change nothing which another would see, and the peer that it asks."""
     peer = Peer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLOUDFLARE_ACCOUNT_ID", "0123456789abcdef0123456789abcdef")
-        patch.setenv("CLOUDFLARE_API_TOKEN", TOKEN)
-        patch.setenv("MISTRAL_NB_CLOUDFLARE_BASE_URL", peer.url)
-        patch.setenv("MISTRAL_NB_CLOUDFLARE_TRUST_BASE_URL", "true")
+        for name, value in environment_of(peer.url).items():
+            patch.setenv(name, value)
         patch.setenv("MISTRAL_NB_RETRY_DEADLINE", "0")
         kernel = Kernel()
         assert kernel.run("import mistral_nb\n%load_ext mistral_nb").status == "ok"
