@@ -46,7 +46,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m mistral_nb bench $(ARGS)
 
 mutants: $(VENV)/.dev
-	$(BIN)/python tests/kernels/mutants.py
+	$(BIN)/python -m tests.kernels.mutants $(ARGS)
 
 kernels: $(VENV)/.dev
 	PYTHONPATH=kernels $(BIN)/python -m mistral_nb_kernels.compile_report --check kernels/README.md

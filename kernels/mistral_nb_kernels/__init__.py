@@ -81,7 +81,7 @@ def rule(arch: int | None, head_dim: int, dtype: torch.dtype, asked: Asked) -> l
     """
     chosen = []
     for op in MODULES:
-        row = None if arch is None else config_for(TABLE.get(op, op), arch, head_dim, dtype)
+        row = None if arch is None else config_for(TABLE.get(op, op), arch, head_dim, dtype.itemsize * 8)
         if asked == "torch":
             chosen.append(Choice(op, None, "as asked"))
         elif arch is None:

@@ -2,7 +2,7 @@
 
 `python -m mistral_nb_kernels.compile_report` prints the table and ends with 1 where a kernel spills, takes more shared
 memory than its architecture has, or lacks an instruction that it is there for. What is compiled is what is
-launched: the wrappers themselves run up to the launch, on CPU tensors in Mistral-7B's layout, SmolLM2's at head_dim 64.
+launched: the wrappers themselves run up to the launch, on CPU tensors (`launches`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mistral_nb_kernels import reference
 from mistral_nb_kernels.configs import Config, Row, read
-from mistral_nb_kernels.paged import PagedKV, Rows
+from mistral_nb_kernels.launches import FIXED, FORMS, MATRIX
 
 __all__ = ["SHARED_MEMORY", "Compiled", "markdown", "problems", "report", "with_table"]
 
@@ -35,11 +33,6 @@ START, END = "<!-- compiled -->", "<!-- /compiled -->"
 
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may have, by compute capability (CUDA programming guide, compute capabilities)."""
-HEADS = {64: (9, 3), 128: (32, 8)}
-"""Query and KV heads by head dimension: SmolLM2-135M's and Mistral-7B's."""
-PAGE, TOKENS = 64, 256
-MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
-"""Prefill's matrix instruction in 16 bits: wgmma on 9.0, tcgen05 on 10.0; elsewhere, and in decode, mma (HMMA)."""
 ASYNCHRONOUS = ("LDGSTS", "UTMALDG", "UBLKCP")
 """Copies from global to shared memory that need no registers: cp.async, and the bulk ones."""
 
@@ -50,7 +43,8 @@ class Compiled:
 
     kernel: str
     arch: int
-    head_dim: int
+    width: int
+    bits: int
     dtype: str
     variant: str
     config: Config
@@ -77,51 +71,17 @@ def _compile_row(row: Row) -> list[Compiled]:
     torch.set_num_threads(1)
     dtype = torch.float32 if row.bits == 32 else torch.float16 if row.arch < 80 else torch.bfloat16
     found = []
-    for variant, launch in _launches(row, dtype):
+    for variant, launch in FORMS[row.op](row, dtype):
         with _compiling(row.arch) as kernels:
             launch()
         for kernel in kernels:
-            prefills = kernel.name == "prefill_kernel"
-            usage = _read_cubin(kernel.asm["cubin"], MATRIX.get(row.arch, "HMMA") if prefills else "HMMA")
-            config = row.config if kernel.name != "combine_kernel" else Config(kernel.metadata.num_warps)
-            facts = (kernel.name, row.arch, row.head_dim, str(dtype).removeprefix("torch."), variant)
+            usage = _read_cubin(kernel.asm["cubin"], MATRIX.get(kernel.name, {}).get(row.arch, "HMMA"))
+            config = row.config if kernel.name not in FIXED else Config(kernel.metadata.num_warps)
+            facts = (kernel.name, row.arch, row.width, row.bits, str(dtype).removeprefix("torch."), variant)
             found.append(
                 Compiled(*facts, config, row.measured, shared=kernel.metadata.shared, **usage)  # type: ignore[arg-type]
             )
     return found
-
-
-def _launches(row: Row, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each form of an op by name."""
-    hq, hkv = HEADS[row.head_dim]
-    packed = torch.zeros(2, hq + 2 * hkv, row.head_dim, dtype=dtype)
-    q, k, v = packed[:, :hq], packed[:, hq : hq + hkv], packed[:, hq + hkv :]
-    pool = torch.zeros(2, 2, hkv, PAGE, row.head_dim, dtype=dtype)
-    kv = PagedKV(pool[0], pool[1], torch.zeros(2, TOKENS // PAGE, dtype=torch.int32))
-    cos, sin = reference.rope_table(TOKENS, row.head_dim, 1e6)
-    if row.op == "rope_write":
-        from mistral_nb_kernels.rope import rope_write
-
-        yield "", lambda: rope_write(q, k, v, cos, sin, Rows.of((1, 1), (1, 1)), kv, config=row.config)
-    elif row.op == "prefill_attention":
-        from mistral_nb_kernels.attention import prefill_attention
-
-        rows = Rows.of((1, 1), (1, 1))
-        yield "", lambda: prefill_attention(q, rows, kv, config=row.config)
-        yield "window", lambda: prefill_attention(q, rows, kv, 64, config=row.config)
-    else:
-        yield from _decodes(q, k, v, cos, sin, kv, row)
-
-
-def _decodes(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: PagedKV, row: Row
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    from mistral_nb_kernels.decode_attention import decode_attention, rope_decode_attention
-
-    lengths, how = torch.ones(2, dtype=torch.int32), {"config": row.config, "dot": row.arch >= 80}
-    yield "", lambda: decode_attention(q, lengths, kv, **how)  # type: ignore[arg-type]
-    yield "window", lambda: decode_attention(q, lengths, kv, 64, **how)  # type: ignore[arg-type]
-    yield "RoPE", lambda: rope_decode_attention(q, k, v, cos, sin, lengths, kv, **how)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -188,12 +148,12 @@ def problems(compiled: list[Compiled]) -> list[str]:
             missing.append(f"takes {x.shared} bytes of shared memory, more than {SHARED_MEMORY[x.arch]} KiB")
         if not x.wide_loads:
             missing.append("has no 16-byte load")
-        attends = x.kernel in ("prefill_kernel", "split_kernel") and x.dtype != "float32" and x.arch >= 80
-        if attends and not x.matrix:
+        multiplies = x.kernel in MATRIX and x.dtype != "float32" and x.arch >= 80
+        if multiplies and not x.matrix:
             missing.append("has no matrix instruction")
-        if attends and not x.asynchronous:
+        if multiplies and not x.asynchronous:
             missing.append("has no asynchronous copy")
-        name = f"{x.kernel} {x.variant} sm_{x.arch} {x.dtype} head_dim {x.head_dim} {x.config}"
+        name = f"{x.kernel} {x.variant} sm_{x.arch} {x.dtype} width {x.width} bits {x.bits} {x.config}"
         found += [f"{name} {what}" for what in missing]
     return found
 
@@ -201,20 +161,20 @@ def problems(compiled: list[Compiled]) -> list[str]:
 def markdown(compiled: list[Compiled]) -> str:
     """The table: of a kernel's forms the most registers, spills and memory, and the fewest of the instructions."""
     lines = [
-        "| kernel | sm | head_dim | dtype | warps x stages | tile | registers | spills | shared, KiB "
+        "| kernel | sm | width | bits | dtype | warps x stages | tile | registers | spills | shared, KiB "
         "| matrix | async | 16 B loads | timed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     forms: dict[tuple[object, ...], list[Compiled]] = {}
     for x in compiled:
-        forms.setdefault((x.kernel, x.arch, x.head_dim, x.dtype, x.config), []).append(x)
+        forms.setdefault((x.kernel, x.arch, x.width, x.bits, x.dtype, x.config), []).append(x)
     for group in forms.values():
         x = group[0]
         tile = " x ".join(str(size) for size in (x.config.block_m, x.config.block_n) if size)
         registers, spills, shared = (max(getattr(y, n) for y in group) for n in ("registers", "spills", "shared"))
         matrix, copies, wide = (min(getattr(y, n) for y in group) for n in ("matrix", "asynchronous", "wide_loads"))
         lines.append(
-            f"| {x.kernel.removesuffix('_kernel')} | {x.arch} | {x.head_dim} | {x.dtype} "
+            f"| {x.kernel.removesuffix('_kernel')} | {x.arch} | {x.width} | {x.bits} | {x.dtype} "
             f"| {x.config.warps} x {x.config.stages} | {tile} | {registers} | {spills} | {shared / 1024:.1f} "
             f"| {matrix} | {copies} | {wide} | {x.measured or 'no'} |"
         )

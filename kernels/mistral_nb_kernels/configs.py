@@ -1,8 +1,8 @@
 """How each kernel is cut up on each architecture: a table that the tuner writes, and no search while serving.
 
-`configs.json` has one row for each op, architecture, head dimension and width of the type. A row says on what it was
-measured; `measured` null is a choice by reasoning that nobody has timed, and users are told so. What a sequence gets
-depends on these numbers, so they never depend on a batch or a length.
+`configs.json` has one row for each op, architecture, width and number of bits. A row says on what it was measured;
+`measured` null is a choice by reasoning that nobody has timed, and users are told so. What a sequence gets depends on
+these numbers, so they never depend on a batch or a length.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
 
 __all__ = ["ARCHITECTURES", "HEAD_DIMS", "PATH", "Config", "Row", "config_for", "read", "write"]
 
@@ -35,11 +33,15 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. bits: 16 for fp16 and bf16, 32 for fp32. measured: device, versions; None: nobody has."""
+    """One line of the table.
+
+    width: the head dimension of the attention ops, 0 for ops that run at any width. bits: of an element, or of a weight
+    where the op has weights; 16 for fp16 and bf16, 32 for fp32. measured: device, versions; None: nobody has.
+    """
 
     op: str
     arch: int
-    head_dim: int
+    width: int
     bits: int
     config: Config
     measured: str | None = None
@@ -52,7 +54,7 @@ def read(path: Path = PATH) -> tuple[Row, ...]:
 
 def write(rows: tuple[Row, ...], path: Path = PATH) -> None:
     """One row a line, so that a change of one is a change of one line."""
-    lines = [json.dumps(asdict(row)) for row in sorted(rows, key=lambda r: (r.op, r.arch, r.head_dim, r.bits))]
+    lines = [json.dumps(asdict(row)) for row in sorted(rows, key=lambda r: (r.op, r.arch, r.width, r.bits))]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
@@ -61,11 +63,10 @@ def _table() -> tuple[Row, ...]:
     return read()
 
 
-def config_for(op: str, arch: int, head_dim: int, dtype: torch.dtype) -> Row | None:
+def config_for(op: str, arch: int, width: int, bits: int) -> Row | None:
     """The row of `op` for a compute capability such as 90, else the next lower one's, unmeasured; else None."""
-    bits = dtype.itemsize * 8
-    rows = [r for r in _table() if (r.op, r.head_dim, r.bits) == (op, head_dim, bits) and r.arch <= arch]
+    rows = [r for r in _table() if (r.op, r.width, r.bits) == (op, width, bits) and r.arch <= arch]
     if not rows:
         return None
     row = max(rows, key=lambda r: r.arch)
-    return row if row.arch == arch else Row(op, arch, head_dim, bits, row.config)
+    return row if row.arch == arch else Row(op, arch, width, bits, row.config)

@@ -103,11 +103,11 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=configs.HEAD_DIMS, action="append")
     parser.add_argument("--out", type=Path, default=configs.PATH, help="the table to write")
     args = parser.parse_args()
-    table = {(r.op, r.arch, r.head_dim, r.bits): r for r in configs.read()}
+    table = {(r.op, r.arch, r.width, r.bits): r for r in configs.read()}
     for op in args.op or OPS:
         for head_dim in args.head_dim or configs.HEAD_DIMS:
             row = tune(op, head_dim)
-            table[row.op, row.arch, row.head_dim, row.bits] = row
+            table[row.op, row.arch, row.width, row.bits] = row
             configs.write(tuple(table.values()), args.out)
 
 

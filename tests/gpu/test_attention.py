@@ -179,7 +179,7 @@ def test_the_tuner_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["tune", "--op", "rope_write", "--head-dim", "64", "--out", str(out)])
     tune.main()
     (row,) = (row for row in configs.read(out) if row not in configs.read())
-    assert (row.op, row.head_dim, row.bits) == ("rope_write", 64, 16)
+    assert (row.op, row.width, row.bits) == ("rope_write", 64, 16)
     assert row.config in (Config(2), Config(8))
     assert (row.measured or "").startswith(torch.cuda.get_device_name())
 

@@ -25,7 +25,7 @@ def test_two_configs_compiled_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 32 * 1024 <= x.shared <= 227 * 1024
     found = compile_report.problems(compiled[2:])
     assert [sum(word in problem for problem in found) for word in ("spills", "no matrix")] == [2, 2]
-    assert "| prefill | 90 | 64 | bfloat16 | 8 x 3 | 128 x 64 |" in compile_report.markdown(compiled)
+    assert "| prefill | 90 | 64 | 16 | bfloat16 | 8 x 3 | 128 x 64 |" in compile_report.markdown(compiled)
     nothing = dataclasses.replace(compiled[0], matrix=0, asynchronous=0, wide_loads=0, shared=228 * 1024)
     assert [problem.split(")", 1)[1].split()[1:3] for problem in compile_report.problems([nothing])] == [
         ["233472", "bytes"],

@@ -62,7 +62,7 @@ def test_a_gpu_gets_its_architectures_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     ops = choose(torch.device("cuda"), 64, torch.float16)
     arch = 10 * capability[0] + capability[1]
-    row = config_for("decode_attention", arch, 64, torch.float16)
+    row = config_for("decode_attention", arch, 64, 16)
     for op in (ops.decode_attention, ops.rope_decode_attention):
         assert isinstance(op, functools.partial)
         assert row is not None
@@ -77,12 +77,12 @@ def test_a_gpu_gets_its_architectures_kernels(
 
 def test_the_table_is_complete_and_survives_a_rewrite(tmp_path: Path) -> None:
     rows = configs.read()
-    assert len({(r.op, r.arch, r.head_dim, r.bits) for r in rows}) == len(rows)
+    assert len({(r.op, r.arch, r.width, r.bits) for r in rows}) == len(rows)
     for arch in configs.ARCHITECTURES:
         for head_dim in configs.HEAD_DIMS:
-            for dtype in (torch.float16, torch.float32):
+            for bits in (16, 32):
                 for op in ("rope_write", "decode_attention", *(["prefill_attention"] if arch > 75 else [])):
-                    row = config_for(op, arch, head_dim, dtype)
+                    row = config_for(op, arch, head_dim, bits)
                     assert row in rows
     for row in rows:
         assert row.config.split % max(row.config.block_n, 1) == 0

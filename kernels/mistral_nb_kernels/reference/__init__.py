@@ -1,0 +1,39 @@
+"""The one torch reference of each op: the CPU path, the oracle of the tests and the baseline of the benchmarks.
+
+Shapes use `n` for rows (tokens of all sequences, one after another), `dim` for features, `hq` and `hkv` for query and
+KV heads, `d` for the head dimension and `t` for the keys of one sequence. Every op works row by row: on the CPU what a
+row gets is the same to the bit however many rows and threads there are (`linear` excepted: BLAS chooses its order by
+the shape).
+"""
+
+from mistral_nb_kernels.reference.attention import (
+    attention,
+    decode_attention,
+    prefill_attention,
+    rope,
+    rope_decode_attention,
+    rope_table,
+    rope_write,
+)
+from mistral_nb_kernels.reference.layers import embedding, rms_norm, swiglu
+from mistral_nb_kernels.reference.linear import linear, linear_int8, quantize_int8
+from mistral_nb_kernels.reference.sampling import philox, sample, uniform
+
+__all__ = [
+    "attention",
+    "decode_attention",
+    "embedding",
+    "linear",
+    "linear_int8",
+    "philox",
+    "prefill_attention",
+    "quantize_int8",
+    "rms_norm",
+    "rope",
+    "rope_decode_attention",
+    "rope_table",
+    "rope_write",
+    "sample",
+    "swiglu",
+    "uniform",
+]

@@ -1,0 +1,119 @@
+"""RoPE and attention over paged keys and values, in torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mistral_nb_kernels.paged import PagedKV, Rows
+
+__all__ = [
+    "attention",
+    "decode_attention",
+    "prefill_attention",
+    "rope",
+    "rope_decode_attention",
+    "rope_table",
+    "rope_write",
+]
+
+
+def rope_table(positions: int, d: int, theta: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, d] of the half-split pairing: features i and i + d/2 turn by pos * theta^(-2i/d).
+
+    The angles are computed in fp32 from fp32 frequencies, as transformers does. Source: Su et al., 2021 (RoFormer).
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), inverse)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin_()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [n, heads, d] by cos, sin [n, d] of its rows' positions; half-split pairing. -> [n, heads, d]."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Causal grouped-query attention of one sequence's last n tokens over its first t.
+
+    q [n, hq, d]; k, v [hkv, t, d] with t >= n, the queries standing at positions t-n .. t-1; each sees itself and what
+    comes before, the last `window` positions of it where a window is given. Scores are scaled by d^-1/2. -> [n, hq, d].
+    """
+    n, hq, d = q.shape
+    hkv, t, _ = k.shape
+    group = hq // hkv
+    if n == 1:
+        if window is not None and t > window:
+            k, v = k[:, t - window :], v[:, t - window :]
+        out = F.scaled_dot_product_attention(q.view(1, hkv, group, d), k[None], v[None])
+        return out.view(1, hq, d)
+    if window is not None and t - n >= window:
+        first = t - n - window + 1
+        k, v, t = k[:, first:], v[:, first:], t - first
+    mask = None
+    if t > n or (window is not None and t > window):
+        rows = torch.arange(t - n, t, device=q.device)[:, None]
+        columns = torch.arange(t, device=q.device)[None]
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: PagedKV) -> Tensor:
+    """q [n, hq, d] rotated; k [n, hkv, d] goes rotated, v as it is, to the pages. cos, sin [positions, d].
+
+    Of a padding row nothing is written, and its queries come back undefined.
+    """
+    positions = rows.positions.long()
+    angles = positions.clamp_min(0)
+    turned = rope(k, cos[angles], sin[angles])
+    real = positions >= 0
+    sequences, positions = rows.sequences[real].long(), positions[real]
+    pages, offsets = kv.table[sequences, positions // kv.page].long(), positions % kv.page
+    kv.k[pages, :, offsets] = turned[real]
+    kv.v[pages, :, offsets] = v[real]
+    return rope(q, cos[angles], sin[angles])
+
+
+def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = None) -> Tensor:
+    """`attention` of each sequence's rows over its pages; q [n, hq, d], rotated and its keys written -> [n, hq, d]."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    starts = rows.starts.tolist()
+    for sequence, length in enumerate(rows.lengths.tolist()):
+        mine = slice(starts[sequence], starts[sequence + 1])
+        if mine.stop > mine.start:
+            out[mine] = attention(q[mine], *kv.of(sequence, length), window)
+    return out
+
+
+def decode_attention(q: Tensor, lengths: Tensor, kv: PagedKV, window: int | None = None) -> Tensor:
+    """`attention` of each sequence's newest token, q [batch, hq, d]; lengths [batch] with it. Zeros at length 0."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for sequence, length in enumerate(lengths.tolist()):
+        if length:
+            out[sequence] = attention(q[sequence : sequence + 1], *kv.of(sequence, length), window)[0]
+    return out
+
+
+def rope_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    kv: PagedKV,
+    window: int | None = None,
+) -> Tensor:
+    """`rope_write` of the newest tokens q [batch, hq, d], k, v [batch, hkv, d], then `decode_attention`."""
+    batch = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    rows = Rows(batch, lengths, batch[:-1], lengths - 1, longest=1)
+    return decode_attention(rope_write(q, k, v, cos, sin, rows, kv), lengths, kv, window)
