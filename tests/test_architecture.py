@@ -107,6 +107,7 @@ LAZY = {
     ("mistral_nb.cli", "mistral_nb.engine"),
     ("mistral_nb.cli", "mistral_nb.server"),
     ("mistral_nb.cli", "mistral_nb_kernels"),
+    ("mistral_nb_kernels.bench.results", "matplotlib"),
 }
 # Only the engine's surface and its text side are the server's business.
 ENGINE_SURFACE = ("mistral_nb.engine", "mistral_nb.engine.tokenizer")

@@ -29,55 +29,6 @@ from mistral_nb_kernels.tiles import page_start, scores, softmax_step, weigh
 __all__ = ["prefill_attention", "prefill_kernel"]
 
 
-@triton.jit
-def _keys(
-    begin,
-    end,
-    query,
-    highest,
-    total,
-    acc,
-    k,
-    v,
-    table,
-    position,
-    length,
-    scale,
-    window,
-    stride_page,
-    stride_token,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):
-    """The softmax's state after the keys of the tiles from `begin` to `end`; position [m] of the queries."""
-    column = tl.arange(0, BLOCK_N)
-    tile = column[:, None] * stride_token + tl.arange(0, D)[None, :]
-    following = page_start(table, begin, end - 1, stride_page, stride_token, PAGE)
-    for at in tl.range(begin, end, BLOCK_N):
-        start = following
-        following = page_start(table, at + BLOCK_N, end - 1, stride_page, stride_token, PAGE)
-        if MASKED:
-            inside = (at + column < length)[:, None]
-            keys = tl.load(k + start + tile, mask=inside, other=0.0)
-            values = tl.load(v + start + tile, mask=inside, other=0.0)
-        else:
-            keys = tl.load(k + start + tile)
-            values = tl.load(v + start + tile)
-        scored = scores(query, keys, True)
-        if MASKED:
-            visible = (at + column)[None, :] <= position[:, None]
-            if WINDOWED:
-                visible = visible & ((at + column)[None, :] > position[:, None] - window)
-            scored = tl.where(visible, scored, float("-inf"))
-        p, highest, decay = softmax_step(scored, highest, scale)
-        total = total * decay + tl.sum(p, axis=1)
-        acc = weigh(p, values, acc * decay[:, None], True)
-    return highest, total, acc
-
-
 @triton.jit(do_not_specialize=["window", "stride_table"])
 def prefill_kernel(
     q,
@@ -125,79 +76,43 @@ def prefill_kernel(
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
-    clear = 0
+    column = tl.arange(0, BLOCK_N)
+    tile = column[:, None] * stride_token + feature[None, :]
     # tiles that end before this hold no key past the first query's own
     diagonal = (first + 1) // BLOCK_N * BLOCK_N
+    begin, clear = 0, 0
     if WINDOWED:
         # the first query's window begins in the tile `begin`; from the tile `clear` on every query sees every key
         begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
         clear = tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
-        highest, total, acc = _keys(
-            begin,
-            tl.minimum(clear, diagonal),
-            query,
-            highest,
-            total,
-            acc,
-            k,
-            v,
-            table,
-            position,
-            length,
-            scale,
-            window,
-            stride_page,
-            stride_token,
-            D,
-            BLOCK_N,
-            PAGE,
-            True,
-            True,
-        )
-    highest, total, acc = _keys(
-        clear,
-        diagonal,
-        query,
-        highest,
-        total,
-        acc,
-        k,
-        v,
-        table,
-        position,
-        length,
-        scale,
-        window,
-        stride_page,
-        stride_token,
-        D,
-        BLOCK_N,
-        PAGE,
-        False,
-        WINDOWED,
-    )
-    highest, total, acc = _keys(
-        diagonal,
-        tl.minimum(first + BLOCK_M, length),
-        query,
-        highest,
-        total,
-        acc,
-        k,
-        v,
-        table,
-        position,
-        length,
-        scale,
-        window,
-        stride_page,
-        stride_token,
-        D,
-        BLOCK_N,
-        PAGE,
-        True,
-        WINDOWED,
-    )
+    # 0: the window's edge; 1: what every query sees; 2: the diagonal
+    for part in tl.static_range(0 if WINDOWED else 1, 3):
+        if part == 0:
+            end = tl.minimum(clear, diagonal)
+        elif part == 1:
+            end = diagonal
+        else:
+            end = tl.minimum(first + BLOCK_M, length)
+        following = page_start(table, begin, end - 1, stride_page, stride_token, PAGE)
+        for at in tl.range(begin, end, BLOCK_N):
+            start = following
+            following = page_start(table, at + BLOCK_N, end - 1, stride_page, stride_token, PAGE)
+            if part == 1:
+                keys = tl.load(k + start + tile)
+                values = tl.load(v + start + tile)
+                scored = scores(query, keys, True)
+            else:
+                stored = (at + column < length)[:, None]
+                keys = tl.load(k + start + tile, mask=stored, other=0.0)
+                values = tl.load(v + start + tile, mask=stored, other=0.0)
+                visible = (at + column)[None, :] <= position[:, None]
+                if WINDOWED:
+                    visible = visible & ((at + column)[None, :] > position[:, None] - window)
+                scored = tl.where(visible, scores(query, keys, True), float("-inf"))
+            p, highest, decay = softmax_step(scored, highest, scale)
+            total = total * decay + tl.sum(p, axis=1)
+            acc = weigh(p, values, acc * decay[:, None], True)
+        begin = end
     # a padding row may have no key in its window
     total = tl.where(total == 0.0, 1.0, total)
     out += rows_before * tl.num_programs(0) * D + head * D + feature[None, :]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from mistral_nb_kernels.configs import Config, Row, read
-from mistral_nb_kernels.launches import FIXED, FORMS, MATRIX
+from mistral_nb_kernels.launches import FIXED, FORMS, HALF, MATRIX, ORDERS
 
 __all__ = ["SHARED_MEMORY", "Compiled", "markdown", "problems", "report", "with_table"]
 
@@ -35,6 +36,10 @@ SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that a block may have, by compute capability (CUDA programming guide, compute capabilities)."""
 ASYNCHRONOUS = ("LDGSTS", "UTMALDG", "UBLKCP")
 """Copies from global to shared memory that need no registers: cp.async, and the bulk ones."""
+MEMORY = ("BAR", "MEMBAR", "LDG", "STG", "ATOMG", "RED", "CCTL", *ASYNCHRONOUS)
+"""Barriers of a program's threads and of memory, and accesses of device memory."""
+PLAIN = re.compile(r"^(BAR|LDG|LDGSTS|STG)\b.*")
+"""Of these no more than the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,15 @@ class Compiled:
     asynchronous: int
     wide_loads: int
     """Instructions of that kind: matrix products, asynchronous copies, loads of 16 bytes (asynchronous ones too)."""
+    memory: str
+    """Barriers and accesses of device memory, one after another."""
 
 
 def report(rows: tuple[Row, ...] | None = None, workers: int | None = None) -> list[Compiled]:
-    """Every kernel of `rows` (the shipped table), compiled in processes of their own; 16 bits is bf16, fp16 on 7.5."""
+    """Every kernel of `rows` (the shipped table), compiled in processes of their own; 16 bits is bf16, fp16 on 7.5.
+
+    fp16 too for the ops of `HALF`.
+    """
     rows = read() if rows is None else rows
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context) as pool:
@@ -70,8 +80,10 @@ def report(rows: tuple[Row, ...] | None = None, workers: int | None = None) -> l
 def _compile_row(row: Row) -> list[Compiled]:
     torch.set_num_threads(1)
     dtype = torch.float32 if row.bits == 32 else torch.float16 if row.arch < 80 else torch.bfloat16
+    also = [torch.float16] if row.op in HALF and dtype == torch.bfloat16 else []
+    forms = ((each, *form) for each in (dtype, *also) for form in FORMS[row.op](row, each))
     found = []
-    for variant, launch in FORMS[row.op](row, dtype):
+    for dtype, variant, launch in forms:
         with _compiling(row.arch) as kernels:
             launch()
         for kernel in kernels:
@@ -110,19 +122,18 @@ def _compiling(arch: int) -> Iterator[list[Any]]:
         JITFunction.run = run
 
 
-def _read_cubin(cubin: bytes, matrix: str) -> dict[str, int]:
+@functools.cache
+def _read_cubin(cubin: bytes, matrix: str) -> dict[str, int | str]:
     """Resources and counts of instructions, by the disassembler that comes with triton."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([knobs.nvidia.cuobjdump.path, option, file.name], capture_output=True, text=True, check=True)
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout))
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code.stdout, re.MULTILINE)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", said))
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", said, re.MULTILINE)
 
     def count(*names: str, wide: bool = False) -> int:
         return sum(name.split(".")[0] in names and (not wide or "128" in name) for name in operations)
@@ -134,6 +145,7 @@ def _read_cubin(cubin: bytes, matrix: str) -> dict[str, int]:
         "matrix": count(matrix),
         "asynchronous": count(*ASYNCHRONOUS),
         "wide_loads": count("LDG", "LDGSTS", wide=True) + count(*ASYNCHRONOUS[1:]),
+        "memory": " ".join(PLAIN.sub(r"\1", name) for name in operations if name.split(".")[0] in MEMORY),
     }
 
 
@@ -153,6 +165,9 @@ def problems(compiled: list[Compiled]) -> list[str]:
             missing.append("has no matrix instruction")
         if multiplies and not x.asynchronous:
             missing.append("has no asynchronous copy")
+        for order in ORDERS:
+            if x.kernel == order.kernel and x.variant.startswith(order.form) and not re.search(order.pattern, x.memory):
+                missing.append(f"has no {order.what}")
         name = f"{x.kernel} {x.variant} sm_{x.arch} {x.dtype} width {x.width} bits {x.bits} {x.config}"
         found += [f"{name} {what}" for what in missing]
     return found

@@ -22,13 +22,16 @@ PATH = Path(__file__).with_name("configs.json")
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Warps of a program, stages of its loads; in tokens: a tile's rows, a tile's keys, a split. 0 is unused."""
+    """Warps of a program, stages of its loads; a tile's rows, its columns (keys; outputs), a split, all in tokens or
+    outputs; block_k: what a product adds at a time. 0 is unused.
+    """
 
     warps: int
     stages: int = 1
     block_m: int = 0
     block_n: int = 0
     split: int = 0
+    block_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,15 @@ captured once serves every length: update the tensors in place and replay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["PagedKV", "Rows"]
+__all__ = ["PAGE", "PagedKV", "Rows"]
+
+PAGE = 64
+"""Tokens of a page in the engine's KV: what is tuned, timed and compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,13 @@ class PagedKV:
     k: Tensor
     v: Tensor
     table: Tensor
+    arrived: Tensor = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
+    """[batch, n_kv_heads] int32 zeros: decode attention counts its programs in them, and leaves zeros. So no two steps
+    that share them may run at the same time; layers, which follow each other on one stream, share them all.
+
+    Made anew where none are given, for a call or two. A CUDA graph holds the addresses of these four tensors and keeps
+    none alive: whoever captures one owns them, made before the capture and kept until the last replay.
+    """
 
     def __post_init__(self) -> None:
         assert self.k.shape == self.v.shape
@@ -38,6 +48,13 @@ class PagedKV:
         assert self.page & (self.page - 1) == 0
         assert self.table.dtype == torch.int32
         assert self.table.stride(-1) == 1
+        shape = len(self.table), self.n_kv_heads
+        if self.arrived is None:
+            arrived = torch.zeros(shape, dtype=torch.int32, device=self.table.device)
+            object.__setattr__(self, "arrived", arrived)
+        assert self.arrived.shape == shape
+        assert self.arrived.dtype == torch.int32
+        assert self.arrived.is_contiguous()
 
     @property
     def n_kv_heads(self) -> int:

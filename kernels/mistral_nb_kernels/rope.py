@@ -26,16 +26,22 @@ __all__ = ["rope_write", "rope_write_kernel"]
 
 
 @triton.jit
-def _turn(x, y, cos, sin, stride_x, stride_y, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr):
-    """x [HEADS, 2 HALF] rotated into y; cos, sin [HALF]."""
+def _halves(x, stride, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr):
+    """Both halves [HEADS, HALF] of each head of x, in fp32."""
     head = tl.arange(0, PADDED)[:, None]
-    feature = tl.arange(0, HALF)[None, :]
-    inside = head < HEADS
-    first = tl.load(x + head * stride_x + feature, mask=inside).to(tl.float32)
-    second = tl.load(x + head * stride_x + HALF + feature, mask=inside).to(tl.float32)
-    y += head * stride_y + feature
-    tl.store(y, (first * cos[None, :] - second * sin[None, :]).to(y.dtype.element_ty), mask=inside)
-    tl.store(y + HALF, (second * cos[None, :] + first * sin[None, :]).to(y.dtype.element_ty), mask=inside)
+    at = x + head * stride + tl.arange(0, HALF)[None, :]
+    first = tl.load(at, mask=head < HEADS, other=0.0)
+    second = tl.load(at + HALF, mask=head < HEADS, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _turn(first, second, cos, sin, y, stride, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr):
+    """The halves, rotated by cos, sin [HALF], into y."""
+    head = tl.arange(0, PADDED)[:, None]
+    at = y + head * stride + tl.arange(0, HALF)[None, :]
+    tl.store(at, (first * cos[None, :] - second * sin[None, :]).to(y.dtype.element_ty), mask=head < HEADS)
+    tl.store(at + HALF, (second * cos[None, :] + first * sin[None, :]).to(y.dtype.element_ty), mask=head < HEADS)
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -69,23 +75,24 @@ def rope_write_kernel(
     Q_PADDED: tl.constexpr,
     KV_PADDED: tl.constexpr,
 ):
-    """Grid: one program a row."""
+    """Grid: one program a row, which loads all that it reads before it stores: nothing waits behind a store."""
     row = tl.program_id(0).to(tl.int64)
+    q1, q2 = _halves(q + row * stride_q, stride_q_head, HQ, Q_PADDED, D // 2)
+    k1, k2 = _halves(k + row * stride_k, stride_k_head, HKV, KV_PADDED, D // 2)
+    head = tl.arange(0, KV_PADDED)[:, None]
+    whole = tl.arange(0, D)[None, :]
+    value = tl.load(v + row * stride_v + head * stride_v_head + whole, mask=head < HKV)
     position = tl.load(positions + row)
+    sequence = tl.load(sequences + row).to(tl.int64)
     if position < 0:
         return
-    feature = tl.arange(0, D // 2)
-    angle = position.to(tl.int64) * stride_angle + feature
+    page = tl.load(table + sequence * stride_table + position // PAGE).to(tl.int64)
+    angle = position.to(tl.int64) * stride_angle + tl.arange(0, D // 2)
     c, s = tl.load(cos + angle), tl.load(sin + angle)
-    _turn(q + row * stride_q, out + row * HQ * D, c, s, stride_q_head, D, HQ, Q_PADDED, D // 2)
-    page = tl.load(table + tl.load(sequences + row).to(tl.int64) * stride_table + position // PAGE).to(tl.int64)
     place = page * stride_page + position % PAGE * stride_token
-    _turn(k + row * stride_k, k_pages + place, c, s, stride_k_head, stride_page_head, HKV, KV_PADDED, D // 2)
-    head = tl.arange(0, KV_PADDED)[:, None]
-    inside = head < HKV
-    whole = tl.arange(0, D)[None, :]
-    value = tl.load(v + row * stride_v + head * stride_v_head + whole, mask=inside)
-    tl.store(v_pages + place + head * stride_page_head + whole, value, mask=inside)
+    _turn(q1, q2, c, s, out + row * HQ * D, D, HQ, Q_PADDED, D // 2)
+    _turn(k1, k2, c, s, k_pages + place, stride_page_head, HKV, KV_PADDED, D // 2)
+    tl.store(v_pages + place + head * stride_page_head + whole, value, mask=head < HKV)
 
 
 def rope_write(

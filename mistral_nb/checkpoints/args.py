@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mistral_nb.checkpoints.untrusted import quoted, read_object
 from mistral_nb.errors import ModelError
 
-__all__ = ["ModelArgs"]
+__all__ = ["ModelArgs", "RopeScaling"]
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 """Each with the model_type that goes with it."""
@@ -21,9 +21,38 @@ _WINDOW = 4096
 _PARAMS = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps", "rope_theta"),
     *("sliding_window", "_sliding_window", "max_seq_len", "max_position_embeddings", "tied_embeddings"),
-    *("model_type", "max_batch_size", "causal"),
+    *("model_type", "max_batch_size", "causal", "rope_parameters", "rope_scaling"),
 }
 _LARGEST = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How RoPE's angles are stretched, in Hugging Face's names; the last three are of "llama3" alone."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not _is_positive(value):
+                raise ModelError(
+                    f"the rope scaling's {name} is {quoted(repr(value))}; its config must give a positive number"
+                )
+        if not _is_whole(self.original_max_position_embeddings):
+            raise ModelError(
+                "the rope scaling's original_max_position_embeddings is "
+                f"{quoted(repr(self.original_max_position_embeddings))}; its config must give a whole number"
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ModelError(
+                f"the rope scaling's low_freq_factor {self.low_freq_factor} is not below its high_freq_factor "
+                f"{self.high_freq_factor}; fetch the checkpoint again"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +71,7 @@ class ModelArgs:
     context: int
     sliding_window: int | None = None
     tied_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "context")
@@ -54,7 +84,7 @@ class ModelArgs:
                 )
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            if not _is_positive(value):
                 raise ModelError(f"the model's {name} is {quoted(repr(value))}; its config must give a positive number")
         if self.sliding_window is not None and not _is_whole(self.sliding_window):
             raise ModelError(
@@ -105,7 +135,7 @@ class ModelArgs:
                 f"the architecture is {architecture} and the model_type {quoted(model_type)}, which contradict each "
                 "other; fetch the checkpoint again"
             )
-        rope = _rope(config)
+        rope, scaling = _rope(config)
         _refuse_in_config(config, rope)
         dim, n_heads = config["hidden_size"], config["num_attention_heads"]
         mistral = architecture == "MistralForCausalLM"
@@ -122,17 +152,21 @@ class ModelArgs:
             context=config["max_position_embeddings"],
             sliding_window=config.get("sliding_window", _WINDOW) if mistral else None,
             tied_embeddings=_truth("tie_word_embeddings", config),
+            rope_scaling=scaling,
         )
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
         """From Mistral's `params.json`. Keys that are not known here are refused by name: they may change the sums.
 
-        Defaults are those of mistral-inference: a rope_theta of 1e6, or 1e4 with a window.
+        Defaults are those of mistral-inference: a rope_theta of 1e6, or 1e4 with a window. A rope scaling, of which
+        Mistral's own have none, is read as in a `config.json`.
         """
         _refuse({name: params[name] or None for name in sorted(params.keys() - _PARAMS)})
         _refuse({"model_type": _other(params.get("model_type"), "transformer")})
         _refuse({"causal": _other(params.get("causal"), True)})
+        rope, scaling = _rope(params)
+        _refuse({"partial_rotary_factor": _other(rope.get("partial_rotary_factor"), 1.0)})
         window = _first(params.get("sliding_window"), params.get("_sliding_window"))
         return cls(
             dim=params["dim"],
@@ -143,15 +177,20 @@ class ModelArgs:
             hidden_dim=params["hidden_dim"],
             vocab_size=params["vocab_size"],
             norm_eps=params["norm_eps"],
-            rope_theta=_first(params.get("rope_theta"), 10_000.0 if window else 1_000_000.0),
+            rope_theta=_first(rope.get("rope_theta"), params.get("rope_theta"), 10_000.0 if window else 1_000_000.0),
             context=_first(params.get("max_seq_len"), params.get("max_position_embeddings"), DEFAULT_CONTEXT),
             sliding_window=window,
             tied_embeddings=_truth("tied_embeddings", params),
+            rope_scaling=scaling,
         )
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
 
 
 def _refuse(unsupported: Mapping[str, Any]) -> None:
@@ -163,17 +202,36 @@ def _refuse(unsupported: Mapping[str, Any]) -> None:
             )
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config says of RoPE under both of its names, neither of which may ask for a scaling."""
+def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], RopeScaling | None]:
+    """What the config says of RoPE under both of its names, and the scaling that it asks for there.
+
+    Of kinds beside "default" this engine applies "linear" and "llama3".
+    """
     merged: dict[str, Any] = {}
+    found: list[str] = []
     for name in ("rope_parameters", "rope_scaling"):
         part = _first(config.get(name), {})
         kinds = [part[key] for key in ("rope_type", "type") if part.get(key) is not None]
-        _refuse({"rope scaling": next((kind for kind in kinds if kind != "default"), None)})
+        _refuse({"rope scaling": next((kind for kind in kinds if kind not in ("default", "linear", "llama3")), None)})
         _refuse({"rope scaling": None if kinds else _other(part.get("factor"), 1.0)})
         _refuse({f"{name} for": next((key for key, value in part.items() if isinstance(value, Mapping)), None)})
         merged |= part
-    return merged
+        found += kinds
+    kind = found[0] if found else "default"
+    other = next((other for other in found if other != kind), None)
+    if other is not None:
+        raise ModelError(
+            f"the rope scaling is both {kind} and {other}, which contradict each other; fetch the checkpoint again"
+        )
+    if kind == "default":
+        return merged, None
+    if kind == "linear":
+        return merged, RopeScaling("linear", merged["factor"])
+    # as transformers reads it, the config's own comes first
+    original = _first(config.get("original_max_position_embeddings"), merged.get("original_max_position_embeddings"))
+    return merged, RopeScaling(
+        "llama3", merged["factor"], merged["low_freq_factor"], merged["high_freq_factor"], original
+    )
 
 
 def _refuse_in_config(config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:

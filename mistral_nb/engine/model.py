@@ -7,7 +7,7 @@ all rows at once; attention works on one sequence's rows and its KV cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.engine.kv_cache import KVCache
 from mistral_nb_kernels import reference as ops
+from mistral_nb_kernels.packed import Dense
 
 __all__ = ["Cancelled", "FloatLinear", "Int8Linear", "Layer", "Linear", "Span", "Transformer", "Weights"]
 
@@ -33,7 +34,7 @@ class FloatLinear:
     weight: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+        return ops.linear(x, Dense(self.weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ class Transformer:
         self.weights = weights
         self.device = weights.tok_embeddings.device
         self.dtype = weights.tok_embeddings.dtype
-        self._cos, self._sin = ops.rope_table(args.context, args.head_dim, args.rope_theta, self.device)
+        scaling = None if args.rope_scaling is None else ops.RopeScaling(**asdict(args.rope_scaling))
+        self._cos, self._sin = ops.rope_table(args.context, args.head_dim, args.rope_theta, self.device, scaling)
 
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.args, capacity, self.dtype, self.device)

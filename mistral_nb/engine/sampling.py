@@ -87,7 +87,7 @@ class Sampler:
         sampling = self._sampling
         if self._constraint is not None:
             logits = logits.masked_fill(~self._constraint.allowed().to(logits.device), -math.inf)
-        token = ops.sample(
+        token = ops.sample_row(
             logits,
             temperature=sampling.temperature,
             top_k=sampling.top_k,

@@ -10,10 +10,18 @@ import pytest
 from transformers import MistralConfig
 
 from mistral_nb.checkpoints import ModelArgs
+from mistral_nb.checkpoints.args import RopeScaling
 from mistral_nb.errors import ModelError
 from tests.checkpoints.tiny import CONFIG, PARAMS
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 MISTRAL_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 14336}
 
 
@@ -69,6 +77,30 @@ def test_only_mistral_has_a_window() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "scaling"),
+    [
+        ({"rope_scaling": None}, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, RopeScaling("linear", 2)),
+        ({"rope_scaling": LLAMA3}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        ({"rope_scaling": {**LLAMA3, "type": "llama3"}}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        ({"rope_parameters": {**LLAMA3, "factor": 32.0}}, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+    ],
+    ids=str,
+)
+def test_rope_scaling(change: dict[str, Any], scaling: RopeScaling | None) -> None:
+    """In both files, under both of its names, old and new."""
+    assert ModelArgs.from_config({**CONFIG, **change}).rope_scaling == scaling
+    assert ModelArgs.from_params({**PARAMS, **change}).rope_scaling == scaling
+
+
+def test_the_first_length_of_a_config_itself_comes_first() -> None:
+    """As transformers has it."""
+    args = ModelArgs.from_config({**CONFIG, "rope_scaling": LLAMA3, "original_max_position_embeddings": 4096})
+    assert args.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 4096)
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -76,14 +108,35 @@ def test_only_mistral_has_a_window() -> None:
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, r"partial_rotary_factor 0\.25"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope scaling 'llama3'"),
+        *(
+            ({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, f"uses rope scaling '{kind}'")
+            for kind in ("dynamic", "yarn", "longrope", "mrope", "su")
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        *(
+            ({"rope_scaling": {"type": "linear", "factor": value}}, "the rope scaling's factor is")
+            for value in (0, -2, "8", None, True, float("nan"))
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
+        *(
+            ({"rope_parameters": {**LLAMA3, name: value}}, f"the rope scaling's {name} is")
+            for name, value in (("high_freq_factor", []), ("original_max_position_embeddings", 8192.5))
+        ),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 is not below its high_freq"),
+        (
+            {"rope_parameters": {name: LLAMA3[name] for name in LLAMA3 if name[0] != "o"}},
+            "original_max_position_embeddings is None",
+        ),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
             "rope scaling 'yarn'",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": {"type": "default"}}, "rope scaling 'yarn'"),
-        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, "rope scaling 'linear'"),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, "both default and linear, which contradict"),
+        (
+            {"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 8.0}},
+            "both llama3 and linear, which contradict",
+        ),
         ({"rope_scaling": {"factor": 4.0}}, r"rope scaling 4\.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters for 'full_attention'"),
         ({"model_type": "llama"}, "MistralForCausalLM and the model_type llama, which contradict"),
@@ -132,6 +185,8 @@ def test_configs_that_are_refused(change: dict[str, Any], says: str, tmp_path: P
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "uses quantization"),
         ({"vision_encoder": {"hidden_size": 1024}}, "uses vision_encoder"),
         ({"yarn": {"factor": 16}}, "uses yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "uses rope scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor 0\.5"),
         ({"llama_4_scaling": {"beta": 0.1}}, "uses llama_4_scaling"),
         ({"use_biases": True}, "uses use_biases"),
         ({"model_type": "mamba"}, "uses model_type 'mamba'"),

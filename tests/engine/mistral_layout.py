@@ -45,7 +45,11 @@ def save_consolidated(model: PreTrainedModel, folder: Path, *, shards: int = 1) 
         "tied_embeddings": config.tie_word_embeddings,
     }
     window = getattr(config, "sliding_window", None)
-    (folder / "params.json").write_text(json.dumps(params | ({"sliding_window": window} if window else {})))
+    if window:
+        params["sliding_window"] = window
+    if config.rope_parameters["rope_type"] != "default":
+        params["rope_parameters"] = config.rope_parameters
+    (folder / "params.json").write_text(json.dumps(params))
     tensors = {_name(name): _interleaved(name, each, head_dim) for name, each in model.state_dict().items()}
     if config.tie_word_embeddings:
         del tensors["output.weight"]

@@ -112,6 +112,17 @@ CONFIGS = {
         vocab_size=500, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
         num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, rms_norm_eps=1e-5,
     ),
+    "llama 3": LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama, stretched": LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    ),
 }  # fmt: skip
 
 

@@ -5,52 +5,43 @@ The figures go to kernels/results/<device>/attention.json, with plots where matp
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import re
-import shutil
-import subprocess
+import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    pytest.skip("no NVIDIA GPU that torch sees", allow_module_level=True)
-
-from torch.nn.attention import SDPBackend  # noqa: E402
 
 import mistral_nb_kernels  # noqa: E402
 from mistral_nb_kernels import Ops, PagedKV, Rows, configs, reference, tune  # noqa: E402
-from mistral_nb_kernels.bench.attention_cases import (  # noqa: E402
-    Case,
-    decode_case,
-    prefill_case,
-    rope_case,
-    sdpa_case,
-)
-from mistral_nb_kernels.bench.timing import (  # noqa: E402
-    Timing,
-    copy_ceiling,
-    device_facts,
-    read_ceiling,
-    rotation,
-    time_calls,
-)
+from mistral_nb_kernels.bench import attention_cases, timing  # noqa: E402
+from mistral_nb_kernels.bench.exactness import exact  # noqa: E402
+from mistral_nb_kernels.bench.results import Plot, Results  # noqa: E402
 from mistral_nb_kernels.configs import Config  # noqa: E402
+from mistral_nb_kernels.paged import PAGE  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+# what other packages warn of on a host is no fault of the kernels
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CUDA = torch.device("cuda")
+DEVICE = torch.device("cuda")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LENGTHS = (1, 0, 63, 64, 65, 255, 256, 257, 900)
-PAGE = 64
+CONTEXT = attention_cases.CONTEXT
+LONG = (16385, 0, CONTEXT, 20001)
+"""Of more splits than are combined at a time, whatever their size."""
+PREFILLS = (2048, 4096, 8192, 16384)
+DECODES = [(batch, t) for batch in (1, 8) for t in (512, 2048, 8192, 32768)]
+SECTIONS = ("prefill 64", "prefill 128", "windows 64", "windows 128", "decode", "rope")
+PLOTS = (
+    Plot("prefill", "tflops", ("prefill contiguous", "prefill paged", "sdpa")),
+    Plot("windows", "tflops", ("window",)),
+    Plot("decode", "gbs", ("decode",)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -59,34 +50,72 @@ def _seed() -> None:
 
 
 def ops(head_dim: int, dtype: torch.dtype) -> Ops:
-    return mistral_nb_kernels.choose(CUDA, head_dim, dtype)
+    return mistral_nb_kernels.choose(DEVICE, head_dim, dtype)
 
 
-def poisoned(lengths: tuple[int, ...], hkv: int, d: int, dtype: torch.dtype) -> PagedKV:
+def served() -> torch.dtype:
+    """The type that the engine runs in."""
+    old = DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
+def poisoned(lengths: tuple[int, ...], hkv: int, d: int, dtype: torch.dtype, page: int = PAGE) -> PagedKV:
     """Shuffled pages; NaN wherever no sequence has a token, and unused entries of the table name such a page."""
-    needed = [-(-length // PAGE) for length in lengths]
-    pool = torch.full((2, sum(needed) + 1, hkv, PAGE, d), torch.nan, dtype=dtype)
+    needed = [-(-length // page) for length in lengths]
+    pool = torch.full((2, sum(needed) + 1, hkv, page, d), torch.nan, dtype=dtype, device=DEVICE)
     table = torch.zeros((len(lengths), max(needed) + 2), dtype=torch.int32)
     order = iter((torch.randperm(sum(needed)) + 1).tolist())
     for sequence, length in enumerate(lengths):
         for index in range(needed[sequence]):
-            table[sequence, index] = next(order)
-            used = min(PAGE, length - index * PAGE)
-            pool[:, table[sequence, index], :, :used] = torch.randn(2, hkv, used, d).to(dtype)
-    pool = pool.cuda()
-    return PagedKV(pool[0], pool[1], table.cuda())
+            place = next(order)
+            table[sequence, index] = place
+            used = min(page, length - index * page)
+            pool[:, place, :, :used] = torch.randn(2, hkv, used, d, device=DEVICE).to(dtype)
+    return PagedKV(pool[0], pool[1], table.to(DEVICE))
 
 
-def double(kv: PagedKV) -> PagedKV:
-    return PagedKV(kv.k.double(), kv.v.double(), kv.table)
+def copied(kv: PagedKV, dtype: torch.dtype) -> PagedKV:
+    return PagedKV(kv.k.to(dtype, copy=True), kv.v.to(dtype, copy=True), kv.table)
 
 
-def exact(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    """The error against fp64 is at most twice that of torch in the same type, plus one unit in the last place."""
-    assert got.dtype == plain.dtype
-    allowed = 2 * (plain.double() - truth).abs().max() + torch.finfo(got.dtype).eps * truth.abs().max()
-    error = (got.double() - truth).abs().max()
-    assert error <= allowed, f"error {float(error):.3g}, allowed {float(allowed):.3g}"
+def packed(n: int, hq: int, hkv: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """q, k, v of n rows as parts of one projection."""
+    return torch.randn(n, hq + 2 * hkv, d, device=DEVICE).to(dtype).split((hq, hkv, hkv), dim=1)
+
+
+def exactly_written(got: PagedKV, plain: PagedKV, truth: PagedKV) -> None:
+    """The same tokens, keys as exact as torch's, values to the bit."""
+    written = ~truth.k.isnan().any(-1)
+    assert torch.equal(~got.k.isnan().any(-1), written)
+    exact(got.k[written], plain.k[written], truth.k[written])
+    assert torch.equal(got.v.nan_to_num(), plain.v.nan_to_num())
+
+
+def decode_is_exact(lengths: tuple[int, ...], kv: PagedKV, hq: int, window: int | None) -> None:
+    """Both forms, and what the one with RoPE writes."""
+    hkv, d, dtype = kv.n_kv_heads, kv.k.shape[-1], kv.k.dtype
+    q, k, v = packed(len(lengths), hq, hkv, d, dtype)
+    now = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    exact(
+        ops(d, dtype).decode_attention(q, now, kv, window),
+        reference.decode_attention(q, now, kv, window),
+        reference.decode_attention(q.double(), now, copied(kv, torch.float64), window),
+    )
+    cos, sin = reference.rope_table(max(lengths), d, 1e6, DEVICE)
+    mine, its, truth = copied(kv, dtype), copied(kv, dtype), copied(kv, torch.float64)
+    got = ops(d, dtype).rope_decode_attention(q, k, v, cos, sin, now, mine, window)
+    plain = reference.rope_decode_attention(q, k, v, cos, sin, now, its, window)
+    doubles = (x.double() for x in (q, k, v, cos, sin))
+    exact(got, plain, reference.rope_decode_attention(*doubles, now, truth, window))
+    exactly_written(mine, its, truth)
+
+
+def prefill_is_exact(q: torch.Tensor, rows: Rows, kv: PagedKV, window: int | None) -> None:
+    exact(
+        ops(q.shape[-1], q.dtype).prefill_attention(q, rows, kv, window),
+        reference.prefill_attention(q, rows, kv, window),
+        reference.prefill_attention(q.double(), rows, copied(kv, torch.float64), window),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,24 +124,7 @@ def exact(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
 def test_decode_is_exact_and_writes_the_newest_token(
     hq: int, hkv: int, d: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    kv = poisoned(LENGTHS, hkv, d, dtype)
-    q, k, v = torch.randn(len(LENGTHS), hq + 2 * hkv, d).to(CUDA, dtype).split((hq, hkv, hkv), dim=1)
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=CUDA)
-    exact(
-        ops(d, dtype).decode_attention(q, lengths, kv, window),
-        reference.decode_attention(q, lengths, kv, window),
-        reference.decode_attention(q.double(), lengths, double(kv), window),
-    )
-    cos, sin = reference.rope_table(1024, d, 1e6, CUDA)
-    mine, truth = PagedKV(kv.k.clone(), kv.v.clone(), kv.table), double(kv)
-    got = ops(d, dtype).rope_decode_attention(q, k, v, cos, sin, lengths, mine, window)
-    plain = reference.rope_decode_attention(q, k, v, cos, sin, lengths, kv, window)
-    doubles = (x.double() for x in (q, k, v, cos, sin))
-    exact(got, plain, reference.rope_decode_attention(*doubles, lengths, truth, window))
-    written = ~truth.k.isnan()
-    assert torch.equal(~mine.k.isnan(), written)
-    exact(mine.k[written], kv.k[written], truth.k[written])
-    assert torch.equal(mine.v.nan_to_num(), kv.v.nan_to_num())
+    decode_is_exact(LENGTHS, poisoned(LENGTHS, hkv, d, dtype), hq, window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,45 +133,59 @@ def test_decode_is_exact_and_writes_the_newest_token(
 def test_prefill_is_exact_and_rope_before_it(hq: int, hkv: int, d: int, window: int | None, dtype: torch.dtype) -> None:
     counts, lengths = (1, 63, 64, 65, 0, 300, 129), (1, 63, 64, 200, 7, 300, 777)
     kv = poisoned(lengths, hkv, d, dtype)
-    rows = Rows.of(counts, lengths, CUDA)
-    q, k, v = torch.randn(sum(counts), hq + 2 * hkv, d).to(CUDA, dtype).split((hq, hkv, hkv), dim=1)
-    cos, sin = reference.rope_table(1024, d, 1e6, CUDA)
-    mine, truth = PagedKV(kv.k.clone(), kv.v.clone(), kv.table), double(kv)
+    rows = Rows.of(counts, lengths, DEVICE)
+    q, k, v = packed(sum(counts), hq, hkv, d, dtype)
+    cos, sin = reference.rope_table(1024, d, 1e6, DEVICE)
+    mine, truth = copied(kv, dtype), copied(kv, torch.float64)
     got = ops(d, dtype).rope_write(q, k, v, cos, sin, rows, mine)
     plain = reference.rope_write(q, k, v, cos, sin, rows, kv)
     doubles = [x.double() for x in (q, k, v, cos, sin)]
     exact(got, plain, reference.rope_write(*doubles, rows, truth))
-    written = ~truth.k.isnan()
-    assert torch.equal(~mine.k.isnan(), written)
-    exact(mine.k[written], kv.k[written], truth.k[written])
-    exact(
-        ops(d, dtype).prefill_attention(plain, rows, kv, window),
-        reference.prefill_attention(plain, rows, kv, window),
-        reference.prefill_attention(plain.double(), rows, double(kv), window),
-    )
+    exactly_written(mine, kv, truth)
+    prefill_is_exact(plain, rows, kv, window)
+
+
+@pytest.mark.parametrize(
+    ("page", "window", "dtype"),
+    [
+        (PAGE, None, torch.bfloat16),
+        (PAGE, 4096, torch.bfloat16),
+        (PAGE, None, torch.float32),
+        (2 * PAGE, None, torch.bfloat16),
+        (CONTEXT, None, torch.bfloat16),
+        (CONTEXT, 4096, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_long_contexts_are_exact_in_pages_and_contiguous(page: int, window: int | None, dtype: torch.dtype) -> None:
+    kv = poisoned(LONG, 8, 128, dtype, page)
+    decode_is_exact(LONG, kv, 32, window)
+    counts = (65, 0, 1, 130)
+    prefill_is_exact(packed(sum(counts), 32, 8, 128, dtype)[0], Rows.of(counts, LONG, DEVICE), kv, window)
 
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_a_row_gets_the_same_bits_in_any_chunk_and_any_batch(window: int | None) -> None:
-    t, d, dtype = 700, 128, torch.bfloat16
+    t, d, dtype = 700, 128, served()
     kv = poisoned((t, 90), 8, d, dtype)
     alone = PagedKV(kv.k, kv.v, kv.table[:1])
-    q = torch.randn(t, 32, d).to(CUDA, dtype)
+    q = torch.randn(t, 32, d, device=DEVICE).to(dtype)
     prefill, decode = ops(d, dtype).prefill_attention, ops(d, dtype).decode_attention
-    whole = prefill(q, Rows.of((t,), (t,), CUDA), alone, window)
-    for begin, end in ((0, 1), (1, 130), (130, 131), (131, 700)):
-        chunk = prefill(q[begin:end], Rows.of((end - begin,), (end,), CUDA), alone, window)
+    whole = prefill(q, Rows.of((t,), (t,), DEVICE), alone, window)
+    chunks = ((0, 1), (1, 130), (130, 131), (131, 700))
+    for begin, end in () if prefill is reference.prefill_attention else chunks:
+        chunk = prefill(q[begin:end], Rows.of((end - begin,), (end,), DEVICE), alone, window)
         assert torch.equal(chunk, whole[begin:end]), (begin, end)
-    lengths = torch.tensor((t, 90), dtype=torch.int32, device=CUDA)
+    lengths = torch.tensor((t, 90), dtype=torch.int32, device=DEVICE)
     assert torch.equal(decode(q[:1], lengths[:1], alone, window)[0], decode(q[:2], lengths, kv, window)[0])
 
 
 def test_one_graph_serves_every_length() -> None:
-    d, dtype = 128, torch.bfloat16
+    d, dtype = 128, served()
     kv = poisoned((1000, 1000), 8, d, dtype)
-    q, k, v = torch.randn(2, 48, d).to(CUDA, dtype).split((32, 8, 8), dim=1)
-    cos, sin = reference.rope_table(1024, d, 1e6, CUDA)
-    lengths = torch.tensor((5, 1), dtype=torch.int32, device=CUDA)
+    q, k, v = packed(2, 32, 8, d, dtype)
+    cos, sin = reference.rope_table(1024, d, 1e6, DEVICE)
+    lengths = torch.tensor((5, 1), dtype=torch.int32, device=DEVICE)
     decode = ops(d, dtype).rope_decode_attention
     decode(q, k, v, cos, sin, lengths, kv)
     graph = torch.cuda.CUDAGraph()
@@ -173,142 +199,175 @@ def test_one_graph_serves_every_length() -> None:
         assert torch.equal(replayed, decode(q, k, v, cos, sin, lengths, kv)), now
 
 
+def test_a_graph_needs_no_more_than_what_its_owner_keeps() -> None:
+    """Pages, table and counters. What held them during the capture is gone, and others have the memory that it had."""
+    d, dtype = 128, served()
+    kv = poisoned((1000, 300), 8, d, dtype)
+    q, k, v = packed(2, 32, 8, d, dtype)
+    cos, sin = reference.rope_table(1024, d, 1e6, DEVICE)
+    lengths = torch.tensor((1000, 300), dtype=torch.int32, device=DEVICE)
+    decode = ops(d, dtype).rope_decode_attention
+    expected = decode(q, k, v, cos, sin, lengths, kv)
+    counters = torch.zeros_like(kv.arrived)
+    held = PagedKV(kv.k, kv.v, kv.table, counters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(q, k, v, cos, sin, lengths, held)
+    del held
+    others = [torch.ones_like(counters) for _ in range(4096)]
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+    assert torch.stack(others).eq(1).all()
+    assert not counters.any()
+
+
+@pytest.mark.parametrize(("batch", "t"), [(8, 8192), (1, 32768)])
+def test_500_replays_give_the_same_bits(batch: int, t: int) -> None:
+    """A program that added up before the others' sums were there would add those of the last replay, of other rows."""
+    case = attention_cases.decode_case(batch, t, 128, dtype=served(), device=DEVICE)
+    call, newest = case.call(ops(128, served()).rope_decode_attention), case.inputs[:3]
+    rows = [[torch.randn_like(x) for x in newest] for _ in range(2)]
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    first: list[torch.Tensor] = []
+    differing = torch.zeros((), dtype=torch.int32, device=DEVICE)
+    for replay in range(500):
+        for x, new in zip(newest, rows[replay % 2], strict=True):
+            x.copy_(new)
+        out.fill_(torch.nan)
+        graph.replay()
+        if replay < 2:
+            first.append(out.clone())
+        differing += (out != first[replay % 2]).any()
+    assert not torch.equal(*first)
+    assert int(differing) == 0
+
+
 def test_the_tuner_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "configs.json"
-    monkeypatch.setattr(tune, "candidates", lambda op: iter((Config(2), Config(8))))
-    monkeypatch.setattr(sys, "argv", ["tune", "--op", "rope_write", "--head-dim", "64", "--out", str(out)])
+    table = tmp_path / "configs.json"
+    configs.write(tuple(replace(row, measured=None) for row in configs.read()), table)
+    few = replace(attention_cases.TUNABLES[0], first=(Config(2), Config(8)))
+    monkeypatch.setattr(tune, "TUNABLES", (few,))
+    monkeypatch.setattr(sys, "argv", ["tune", "--op", "rope_write", "--width", "64", "--table", str(table)])
     tune.main()
-    (row,) = (row for row in configs.read(out) if row not in configs.read())
+    (row,) = (row for row in configs.read(table) if row.measured)
     assert (row.op, row.width, row.bits) == ("rope_write", 64, 16)
     assert row.config in (Config(2), Config(8))
-    assert (row.measured or "").startswith(torch.cuda.get_device_name())
+    assert (row.measured or "").startswith(timing.device_facts()["device"])
 
 
 SANITIZED = """
 import torch
 from mistral_nb_kernels import choose
 from mistral_nb_kernels.bench.attention_cases import decode_case, prefill_case, rope_case
-ops = choose(torch.device("cuda"), 128, torch.bfloat16)
-for case in (rope_case(65, 128, 64), prefill_case(130, 128, 64, 70), decode_case(2, 300, 128, 64)):
+dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+ops = choose(torch.device("cuda"), 128, dtype)
+decodes = [decode_case(2, t, 128, window=window, dtype=dtype) for t in (300, 320) for window in (None, 70)]
+prefills = [prefill_case(t, 128, window=window, dtype=dtype) for t in (130, 192) for window in (None, 70)]
+for case in (rope_case(65, 128, dtype=dtype), *prefills, *decodes):
     getattr(ops, case.op)(*case.inputs)
+for case in decodes:
+    q, _, _, _, _, *rest = case.inputs
+    ops.decode_attention(q, *rest)
 torch.cuda.synchronize()
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on the PATH")
-def test_the_sanitizer_finds_nothing() -> None:
-    """With torch's own cache of memory off, so that every tensor has bounds."""
-    result = subprocess.run(
-        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+@pytest.mark.parametrize("context", [CONTEXT, 0], ids=["roomy", "full"])
+def test_the_sanitizer_finds_nothing(context: int, sanitize: Callable[[str], None]) -> None:
+    """In tables with room, and in those that end where their sequences do."""
+    sanitize(f"import mistral_nb_kernels.bench.attention_cases as c; c.CONTEXT = {context}\n{SANITIZED}")
+
+
+def no_results() -> Results:
+    facts = {
+        **timing.device_facts(),
+        "dtype": str(served()).removeprefix("torch."),
+        "command": "make gpu PART=attention",
+        "read_gbs": round(timing.read_ceiling()),
+        "copy_gbs": round(timing.copy_ceiling()),
+        "runs": {d: str(ops(d, served())) for d in (64, 128)},
+    }
+    return Results("attention", SECTIONS, facts)
 
 
 @pytest.fixture(scope="module")
-def results() -> Iterator[dict[str, Any]]:
-    """What is measured, written at the end whatever failed."""
-    found: dict[str, Any] = {
-        **device_facts(),
-        "command": "make gpu PART=attention",
-        "read_gbs": round(read_ceiling()),
-        "copy_gbs": round(copy_ceiling()),
-        "runs": {d: str(ops(d, torch.bfloat16)) for d in (64, 128)},
-        "rows": [],
-    }
+def results() -> Iterator[Results]:
+    """Written at the end, if every speed was measured."""
+    found = no_results()
     yield found
-    folder = ROOT / "kernels" / "results" / re.sub(r"\W+", "-", found["device"]).strip("-").lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "attention.json").write_text(json.dumps(found, indent=1) + "\n")
-    plot(found, folder)
+    found.write(ROOT / "kernels" / "results", PLOTS)
 
 
-def record(results: dict[str, Any], name: str, timing: Timing, case: Case | None, **shape: Any) -> dict[str, Any]:
-    row = {"op": name, **shape, "us": round(timing.ms * 1e3, 2)}
-    row |= {"p20": round(timing.p20 * 1e3, 2), "p80": round(timing.p80 * 1e3, 2)}
-    if case is not None:
-        row |= {"tflops": round(case.flops / timing.ms / 1e9, 1), "gbs": round(case.bytes / timing.ms / 1e6)}
-    results["rows"].append(row)
-    print(json.dumps(row), flush=True)
-    return row
+def slower_than_flash(flash: list[float], mine: dict[str, float]) -> str:
+    """Which floor is not met: contiguous at least as fast as flash, paged within 10% of contiguous."""
+    if mine["contiguous"] < max(flash, default=0.0):
+        return f"contiguous {mine['contiguous']}, flash {max(flash)} TFLOP/s"
+    if mine["paged"] < 0.9 * mine["contiguous"]:
+        return f"paged {mine['paged']}, contiguous {mine['contiguous']} TFLOP/s"
+    return ""
 
 
-def timed(make: Callable[[], Case], head_dim: int) -> tuple[Timing, Case]:
-    """Over as many sets of inputs as keep L2 out of it."""
-    first = make()
-    sets = [first, *(make() for _ in range(rotation(first.bytes) - 1))]
-    function = getattr(ops(head_dim, torch.bfloat16), first.op)
-    return time_calls([case.call(function) for case in sets]), first
-
-
+@pytest.mark.parametrize("windowed", [False, True], ids=["causal", "windows"])
 @pytest.mark.parametrize("head_dim", [128, 64])
-def test_prefill_speed(head_dim: int, results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Contiguous at least as fast as SDPA's flash kernel, paged within 10% of contiguous."""
-    slow = []
+def test_prefill_speed(head_dim: int, windowed: bool, results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    """At least SDPA's flash kernel, with its KV heads shared or repeated, whichever is faster; windows of a quarter."""
+    slow, kernels = [], ops(head_dim, served())
+    name, theirs, section = ("window", "window sdpa", "windows") if windowed else ("prefill", "sdpa", "prefill")
     with capsys.disabled():
-        for t in (2048, 4096, 8192, 16384):
-            shape = {"t": t, "head_dim": head_dim}
-            case = prefill_case(t, head_dim, PAGE)
-            peers = {}
-            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-                timing = time_calls([sdpa_case(t, head_dim, backend)])
-                peers[name] = record(results, f"sdpa {name}", timing, case, **shape)["tflops"]
+        for t in PREFILLS:
+            window = t // 4 if windowed else None
+            case_of = functools.partial(
+                attention_cases.prefill_case, t, head_dim, window=window, dtype=served(), device=DEVICE
+            )
+            shape = {"t": t, "head_dim": head_dim} | ({"window": window} if windowed else {})
+            peers, case = timing.time_peers(functools.partial(case_of, CONTEXT), attention_cases.prefill_peers)
+            rows = {peer: results.record(f"{theirs} {peer}", took, case, **shape) for peer, took in peers.items()}
             mine = {}
-            for name, page in (("contiguous", t), ("paged 64", 64), ("paged 128", 128)):
-                timing, case = timed(lambda page=page, t=t: prefill_case(t, head_dim, page), head_dim)
-                mine[name] = record(results, f"prefill {name}", timing, case, **shape)["tflops"]
-            timing, case = timed(lambda t=t: prefill_case(t, head_dim, PAGE, 4096), head_dim)
-            record(results, "prefill window 4096", timing, case, **shape)
-            if mine["contiguous"] < peers["flash"]:
-                slow.append(f"{shape}: contiguous {mine['contiguous']}, flash {peers['flash']} TFLOP/s")
-            if mine["paged 64"] < 0.9 * mine["contiguous"]:
-                slow.append(f"{shape}: paged {mine['paged 64']}, contiguous {mine['contiguous']} TFLOP/s")
+            for kind, page in (("contiguous", CONTEXT), ("paged", PAGE), ("paged double", 2 * PAGE)):
+                if kind == "paged double" and windowed:
+                    continue
+                took, case = timing.time_case(functools.partial(case_of, page), kernels.prefill_attention)
+                mine[kind] = results.record(f"{name} {kind}", took, case, **shape)["tflops"]
+            missed = slower_than_flash([row["tflops"] for peer, row in rows.items() if "flash" in peer], mine)
+            slow += [f"{shape}: {missed}"] * bool(missed)
+    results.finished(f"{section} {head_dim}")
+    if kernels.prefill_attention is reference.prefill_attention:
+        pytest.skip("prefill is torch's on this GPU: nothing to hold against it")
     assert not slow
 
 
-def test_decode_speed(results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_decode_speed(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
     """Recorded against the measured read ceiling; the goal, 85% from 2k up, is read off the table."""
     with capsys.disabled():
         for head_dim in (128, 64):
-            for batch in (1, 8):
-                for t in (512, 2048, 8192, 32768):
-                    timing, case = timed(lambda b=batch, t=t, d=head_dim: decode_case(b, t, d, PAGE), head_dim)
-                    row = record(results, "decode", timing, case, t=t, batch=batch, head_dim=head_dim)
-                    row["share_of_read"] = round(row["gbs"] / results["read_gbs"], 3)
+            for batch, t in DECODES:
+                make = functools.partial(attention_cases.decode_case, batch, t, head_dim, dtype=served(), device=DEVICE)
+                shape = {"t": t, "batch": batch, "head_dim": head_dim}
+                took, case = timing.time_case(make, ops(head_dim, served()).rope_decode_attention)
+                results.record("decode", took, case, "read_gbs", **shape)
+                peers, case = timing.time_peers(make, attention_cases.decode_peers)
+                for peer, took in peers.items():
+                    results.record(f"decode sdpa {peer}", took, case, "read_gbs", **shape)
+    results.finished("decode")
 
 
-def test_rope_speed(results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """At least 90% of the copy ceiling at 16k tokens."""
+def test_rope_speed(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    """At least 90% of what a plain copy of the same bytes gets, at every size of a prompt: both start and end once."""
+    shares = {}
     with capsys.disabled():
-        for t in (2048, 8192, 16384):
-            timing, case = timed(lambda t=t: rope_case(t, 128, PAGE), 128)
-            row = record(results, "rope_write", timing, case, t=t, head_dim=128)
-            row["share_of_copy"] = round(row["gbs"] / results["copy_gbs"], 3)
-    assert row["share_of_copy"] >= 0.9
-
-
-def plot(found: dict[str, Any], folder: Path) -> None:
-    """TFLOP/s of prefill and GB/s of decode by length."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    from matplotlib import pyplot
-
-    for unit, part in (("tflops", ("prefill", "sdpa")), ("gbs", ("decode",))):
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-        for axis, head_dim in zip(axes, (128, 64), strict=True):
-            lines: dict[str, list[tuple[int, float]]] = {}
-            for row in found["rows"]:
-                if row["op"].startswith(part) and row["head_dim"] == head_dim:
-                    name = row["op"] + (f", batch {row['batch']}" if "batch" in row else "")
-                    lines.setdefault(name, []).append((row["t"], row[unit]))
-            for name, points in lines.items():
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
-            axis.set(title=f"head_dim {head_dim}, bf16", xlabel="tokens", xscale="log")
-            axis.legend(fontsize=7)
-        axes[0].set_ylabel("TFLOP/s" if unit == "tflops" else "GB/s of KV")
-        figure.suptitle(f"{found['device']}, torch {found['torch']}, triton {found['triton']}")
-        figure.savefig(folder / f"attention-{part[0]}.png", dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
+        for t in PREFILLS:
+            make = functools.partial(attention_cases.rope_case, t, 128, dtype=served(), device=DEVICE)
+            took, case = timing.time_case(make, ops(128, served()).rope_write)
+            results.record("rope_write", took, case, "copy_gbs", t=t, head_dim=128)
+            copied, case = timing.time_case(
+                functools.partial(attention_cases.copy_case, case, DEVICE), torch.Tensor.copy_
+            )
+            results.record("rope_write copy", copied, case, "copy_gbs", t=t, head_dim=128)
+            shares[t] = round(copied.ms / took.ms, 3)
+    results.finished("rope")
+    assert min(shares.values()) >= 0.9, shares

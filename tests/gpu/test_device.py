@@ -14,6 +14,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from mistral_nb.engine import Engine, Sampling  # noqa: E402
 from mistral_nb_kernels import reference as ops  # noqa: E402
+from mistral_nb_kernels.packed import Dense  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +28,7 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 CASES: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), (rows(7, DIM), rows(DIM, seed=1))),
     "swiglu": (ops.swiglu, (rows(7, 2 * HIDDEN),)),
-    "linear": (ops.linear, (rows(7, DIM), rows(HIDDEN, DIM, seed=1))),
+    "linear": (lambda x, w: ops.linear(x, Dense(w)), (rows(7, DIM), rows(HIDDEN, DIM, seed=1))),
     "prefill": (ops.attention, (rows(9, HEADS, HEAD_DIM), rows(KV_HEADS, 9, HEAD_DIM), rows(KV_HEADS, 9, HEAD_DIM))),
     "decode": (ops.attention, (rows(1, HEADS, HEAD_DIM), rows(KV_HEADS, 33, HEAD_DIM), rows(KV_HEADS, 33, HEAD_DIM))),
 }

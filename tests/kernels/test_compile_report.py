@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -33,3 +34,22 @@ def test_two_configs_compiled_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ["no", "matrix"],
         ["no", "asynchronous"],
     ]
+
+
+def test_the_order_that_the_one_launch_of_decode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the interpreter nor, but by chance, a result on a GPU shows that a barrier is missing."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    config = Config(warps=4, stages=3, block_n=32, split=256)
+    compiled = compile_report.report((Row("decode_attention", 90, 64, 16, config),), workers=1)
+    assert [(x.variant, x.dtype) for x in compiled] == [
+        *((variant, "bfloat16") for variant in ("", "RoPE", "RoPE, window")),
+        ("RoPE, window", "float16"),
+    ]
+    assert compile_report.problems(compiled) == []
+    without = [dataclasses.replace(x, memory=re.sub("(BAR )+MEMBAR", "MEMBAR", x.memory)) for x in compiled]
+    assert [" ".join(problem.split(") ")[1].split()[:3]) for problem in compile_report.problems(without)] == [
+        "has no barrier"
+    ] * 4
+    late = dataclasses.replace(compiled[1], memory=compiled[1].memory.replace("STG BAR", "STG LDG BAR", 1))
+    (problem,) = compile_report.problems([late])
+    assert problem.endswith("has no barrier between the newest token's stores and the loads")

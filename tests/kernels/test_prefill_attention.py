@@ -19,6 +19,7 @@ COUNTS, LENGTHS = (1, 15, 16, 17, 0, 33, 20), (1, 15, 16, 40, 7, 33, 75)
 
 MakeKV = Callable[..., PagedKV]
 Exact = Callable[[Tensor, Tensor, Tensor], None]
+Guarded = Callable[[PagedKV], PagedKV]
 
 
 def double(kv: PagedKV) -> PagedKV:
@@ -50,6 +51,20 @@ def test_tiles_of_any_shape(make_kv: MakeKV, exact: Exact, block_m: int, block_n
     q, rows = torch.randn(70, 1, 64), Rows.of((70,), (97,))
     exact(
         prefill_attention(q, rows, kv, window, config=Config(warps=4, block_m=block_m, block_n=block_n)),
+        reference.prefill_attention(q, rows, kv, window),
+        reference.prefill_attention(q.double(), rows, double(kv), window),
+    )
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_nothing_is_looked_up_behind_the_table(
+    make_kv: MakeKV, exact: Exact, guarded: Guarded, window: int | None
+) -> None:
+    """Of the last sequence, whose length fills it."""
+    kv = guarded(make_kv((20, 64), 1, 64, 16, torch.float32, spare=0))
+    q, rows = torch.randn(50, 1, 64), Rows.of((10, 40), (20, 64))
+    exact(
+        prefill_attention(q, rows, kv, window, config=CONFIG),
         reference.prefill_attention(q, rows, kv, window),
         reference.prefill_attention(q.double(), rows, double(kv), window),
     )

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mistral_nb_kernels import reference as ops
-from mistral_nb_kernels.reference import philox
+from mistral_nb_kernels.reference.attention import _shares_heads
 
 ROWS = (1, 2, 3, 5, 8, 17, 64)
 
@@ -55,6 +52,33 @@ def test_attention(n: int, t: int, hq: int, hkv: int, d: int, window: int | None
     assert relative(ops.attention(q, k, v, window), naive_attention(q, k, v, window)) < 1e-6
 
 
+@pytest.mark.parametrize(("n", "t"), [(7, 7), (3, 10)])
+def test_attention_with_repeated_heads_is_the_same(n: int, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where no fused kernel of torch shares them."""
+    q, k, v = torch.randn(n, 6, 64), torch.randn(2, t, 64), torch.randn(2, t, 64)
+    monkeypatch.setitem(ops.attention.__globals__, "_shares_heads", lambda q, mask: False)
+    assert relative(ops.attention(q, k, v), naive_attention(q, k, v, None)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "masked", "shared"),
+    [
+        ((9, 0), torch.bfloat16, False, True),
+        ((8, 0), torch.float16, False, True),
+        ((7, 5), torch.float16, False, False),
+        ((9, 0), torch.float32, False, False),
+        ((9, 0), torch.bfloat16, True, False),
+    ],
+)
+def test_heads_are_shared_where_flash_runs(
+    capability: tuple[int, int], dtype: torch.dtype, masked: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
+    mask = torch.ones(1, dtype=torch.bool) if masked else None
+    assert _shares_heads(q, mask) == shared  # type: ignore[arg-type]
+
+
 def test_rms_norm_is_its_formula() -> None:
     x, weight = torch.randn(5, 576), torch.rand(576)
     expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
@@ -78,6 +102,30 @@ def test_rope_turns_pairs_half_a_head_apart() -> None:
         turned = pair * complex(math.cos(angle), math.sin(angle))
         torch.testing.assert_close(got[0, :, i].double(), turned.real, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(got[0, :, i + d // 2].double(), turned.imag, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_rope_is_scaled_as_by_transformers(kind: Literal["linear", "llama3"], theta: float) -> None:
+    factors: dict[str, Any] = {"factor": 8.0}
+    if kind == "llama3":
+        factors |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=2,
+        max_position_embeddings=65536,
+        rope_parameters={"rope_type": kind, "rope_theta": theta, **factors},
+    )
+    inverse, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    assert attention_factor == 1
+    angles = torch.outer(torch.arange(9000).float(), inverse)
+    cos, sin = ops.rope_table(9000, 128, theta, scaling=ops.RopeScaling(kind, **factors))
+    assert torch.equal(cos, torch.cat((angles, angles), 1).cos())
+    assert torch.equal(sin, torch.cat((angles, angles), 1).sin())
+    plain = ops.rope_table(9000, 128, theta)[0]
+    kept = (cos == plain).all(0)
+    assert kept.any() == (kind == "llama3")
+    assert not kept.all()
 
 
 @pytest.mark.parametrize("inputs", [32, 96, 576, 1536])
@@ -131,108 +179,3 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
                     assert torch.equal(op(x[3 : 3 + rows]), together[3 : 3 + rows]), (name, rows)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_philox_known_answers() -> None:
-    """The known-answer tests of the Random123 library, philox4x32 with 10 rounds."""
-    ones = 0xFFFFFFFF
-    assert philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert philox((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
-    assert philox(*pi) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
-
-
-def test_uniform_spreads_evenly() -> None:
-    draws = torch.tensor([ops.uniform(seed, position) for seed in (1, 2**33 + 1) for position in range(4000)])
-    counts = torch.histc(draws, 20, 0, 1)
-    # chi-square with 19 degrees of freedom: 43.8 is its 99.9% quantile
-    assert float(((counts - 400) ** 2 / 400).sum()) < 43.8
-    assert len(draws.unique()) > 7990
-
-
-def distribution(logits: Tensor, draws: int = 4001, **parameters: object) -> Tensor:
-    """The exact shares that `sample` gives, from evenly spaced draws: within 1/draws of every probability."""
-    counts = torch.zeros(len(logits))
-    for i in range(draws):
-        counts[ops.sample(logits, draw=(i + 0.5) / draws, **parameters)] += 1
-    return counts / draws
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.6, 0, 1.0), (2.5, 5, 1.0), (1.0, 0, 0.9), (0.7, 8, 0.8), (1.0, 1, 1.0), (1.0, 0, 0.0)],
-)
-def test_sample_has_the_distribution_of_the_transformers_warpers(temperature: float, top_k: int, top_p: float) -> None:
-    logits = torch.randn(24) * 2
-    seen_ids = torch.tensor([1, 5, 9])
-    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    warpers.append(TopPLogitsWarper(top_p))
-    expected = warpers(seen_ids[None], logits[None].clone())[0].softmax(-1)
-    seen = torch.zeros(24, dtype=torch.bool)
-    seen[seen_ids] = True
-    got = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p, seen=seen, repetition_penalty=1.3)
-    torch.testing.assert_close(got, expected, atol=6e-4, rtol=0)
-
-
-def test_frequency_and_presence_follow_openai() -> None:
-    logits, counts = torch.randn(10), torch.tensor([0.0, 1, 2, 3, 0, 0, 0, 0, 0, 0])
-    got = distribution(
-        logits, temperature=1.0, top_k=0, top_p=1.0, counts=counts, frequency_penalty=0.7, presence_penalty=0.4
-    )
-    expected = (logits - 0.7 * counts - 0.4 * (counts > 0)).softmax(-1)
-    torch.testing.assert_close(got, expected, atol=6e-4, rtol=0)
-
-
-def test_filters_over_a_large_vocabulary_equal_a_full_sort() -> None:
-    """A flat distribution needs more candidates than the short head holds."""
-    logits = torch.randn(5000) * 0.1
-    probabilities = logits.softmax(-1)
-    ordered, ids = probabilities.sort(descending=True)
-    kept = ids[: int((ordered.cumsum(0) - ordered < 0.9).sum())]
-    chosen = {ops.sample(logits, temperature=1.0, top_k=0, top_p=0.9, draw=i / 997) for i in range(997)}
-    assert len(kept) > 4000
-    assert chosen <= set(kept.tolist())
-    assert ops.sample(logits, temperature=1.0, top_k=0, top_p=0.9, draw=1 - 2**-32) == int(kept[-1])
-
-
-def test_ties_and_extremes() -> None:
-    flat = torch.zeros(7)
-    assert ops.sample(flat, temperature=0, top_k=0, top_p=1, draw=0.9) == 0
-    # scores equal to the k-th all stay
-    assert {ops.sample(flat, temperature=1, top_k=2, top_p=1, draw=i / 50) for i in range(50)} == set(range(7))
-    lone = torch.full((7,), -math.inf)
-    lone[4] = 1.0
-    for draw in (0.0, 0.5, 1 - 2**-32):
-        assert ops.sample(lone, temperature=1, top_k=0, top_p=1, draw=draw) == 4
-        assert ops.sample(lone, temperature=5, top_k=3, top_p=0.5, draw=draw) == 4
-    # a token of no weight is never drawn, not even at the ends
-    edges = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
-    assert {ops.sample(edges, temperature=1, top_k=0, top_p=1, draw=d) for d in (0.0, 1 - 2**-32)} == {1, 2}
-    hot = torch.randn(50) * 1e4
-    assert ops.sample(hot, temperature=1e-3, top_k=0, top_p=1, draw=0.5) == int(hot.argmax())
-
-
-def test_a_top_k_of_ties_beyond_the_head_keeps_them_all() -> None:
-    flat = torch.zeros(1000)
-    chosen = {ops.sample(flat, temperature=1, top_k=5, top_p=0.5, draw=i / 2000) for i in range(2000)}
-    assert len(chosen) == 500
-
-
-def test_the_coldest_draw_is_greedy_and_broken_logits_are_an_error() -> None:
-    logits = torch.randn(50)
-    assert ops.sample(logits, temperature=1e-46, top_k=0, top_p=1, draw=0.99) == int(logits.argmax())
-    assert ops.sample(logits, temperature=1e-4, top_k=0, top_p=1, draw=0.99) == int(logits.argmax())
-    for broken in (math.nan, math.inf):
-        logits[7] = broken
-        for temperature in (0, 1):
-            with pytest.raises(FloatingPointError, match="largest logit"):
-                ops.sample(logits, temperature=temperature, top_k=0, top_p=1, draw=0.5)
-
-
-def test_repetition_penalty_zero_and_one_are_off() -> None:
-    logits, seen = torch.randn(9), torch.ones(9, dtype=torch.bool)
-    for off in (0.0, 1.0):
-        token = ops.sample(logits, temperature=0, top_k=0, top_p=1, draw=0, seen=seen, repetition_penalty=off)
-        assert token == int(logits.argmax())

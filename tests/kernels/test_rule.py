@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +13,15 @@ import pytest
 import torch
 
 import mistral_nb_kernels
-from mistral_nb_kernels import Ops, PagedKV, Rows, choose, configs, reference, rule
+from mistral_nb_kernels import Dense, Int8, Norm, PagedKV, Parameters, Rows, choose, configs, reference, rule
 from mistral_nb_kernels.configs import Config, Row, config_for
+from mistral_nb_kernels.packed import quantize_int4
+
+if (
+    importlib.util.find_spec("triton") is not None
+):  # a module's first import decides whether its kernels are interpreted
+    for kernel in mistral_nb_kernels.KERNELS.values():
+        importlib.import_module(f"mistral_nb_kernels.{kernel.module}")
 
 
 def kernels_on(
@@ -21,28 +31,45 @@ def kernels_on(
 
 
 def test_kernels_run_where_the_table_has_them() -> None:
-    every = set(mistral_nb_kernels.MODULES)
+    every = set(mistral_nb_kernels.KERNELS)
     for arch in (80, 86, 87, 89, 90, 100, 103, 120, 121):
         for head_dim in (64, 128):
-            assert kernels_on(arch, head_dim) == kernels_on(arch, head_dim, torch.float32) == every
+            assert kernels_on(arch, head_dim) == every
+            assert kernels_on(arch, head_dim, torch.float32) == every - {"linear int8", "linear int4"}
     assert kernels_on(75, dtype=torch.float16) == every - {"prefill_attention"}
     assert kernels_on(75) == kernels_on(70, dtype=torch.float16) == kernels_on(None) == set()
-    assert kernels_on(90, head_dim=96) == kernels_on(90, asked="torch") == set()
+    assert kernels_on(90, head_dim=96) == {op for op, kernel in mistral_nb_kernels.KERNELS.items() if not kernel.headed}
+    assert kernels_on(90, asked="torch") == set()
 
 
-def test_triton_asked_for_by_name_is_never_replaced() -> None:
-    assert kernels_on(90, asked="triton") == set(mistral_nb_kernels.MODULES)
+def test_triton_asked_for_by_name_is_never_replaced_but_for_packed_weights_in_32_bits() -> None:
+    assert kernels_on(90, asked="triton") == set(mistral_nb_kernels.KERNELS)
+    assert kernels_on(90, dtype=torch.float32, asked="triton") == kernels_on(90, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"prefill_attention has no kernel here.*sm_75; ask for auto"):
         rule(75, 128, torch.float16, "triton")
     with pytest.raises(ValueError, match="no NVIDIA GPU"):
         choose(torch.device("cpu"), 64, torch.float32, "triton")
 
 
+def test_without_a_c_compiler_triton_cannot_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It builds its launchers with one, gcc or clang: of the name cc it knows nothing."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "cc").touch(0o755)
+    assert str(choose(torch.device("cuda"), 64, torch.float16)) == (
+        "torch (Triton finds no C compiler: install gcc, or set CC): all ops"
+    )
+    monkeypatch.setenv("CC", "a compiler")
+    assert "Triton (unmeasured)" in str(choose(torch.device("cuda"), 64, torch.float16))
+
+
 def test_a_user_is_told_what_runs_and_what_nobody_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = choose(torch.device("cpu"), 64, torch.float32)
-    assert str(ops) == "torch (no NVIDIA GPU with Triton): " + ", ".join(mistral_nb_kernels.MODULES)
+    assert str(ops) == "torch (no NVIDIA GPU with Triton): all ops"
     assert ops.decode_attention is reference.decode_attention
-    old = str(Ops(*[lambda: torch.empty(0)] * 4, tuple(rule(75, 128, torch.float16, "auto"))))
+    old = str(dataclasses.replace(ops, choices=tuple(rule(75, 128, torch.float16, "auto")[:4])))
     assert old == (
         "Triton (unmeasured): rope_write, decode_attention, rope_decode_attention; "
         "torch (no kernel for head_dim 128 in torch.float16 on sm_75): prefill_attention"
@@ -73,6 +100,25 @@ def test_a_gpu_gets_its_architectures_kernels(
     expected = reference.decode_attention(q, rows.lengths, kv)
     torch.testing.assert_close(ops.decode_attention(q, rows.lengths, kv), expected, atol=2e-3, rtol=1e-2)
     torch.testing.assert_close(ops.prefill_attention(q, rows, kv), expected, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_every_kind_of_weights_has_its_kernel(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ops = choose(torch.device("cuda"), 64, torch.float16)
+    x, gain, weight = torch.randn(2, 128).half(), torch.rand(128).half(), torch.randn(24, 128)
+    kinds = (Dense(weight.half()), Int8(*reference.quantize_int8(weight)), quantize_int4(weight, 32))
+    for kind in kinds:
+        how = {"norm": Norm(gain, 1e-5), "gated": True}
+        torch.testing.assert_close(ops.linear(x, kind, **how), reference.linear(x, kind, **how), atol=0.1, rtol=2e-2)
+    normed, summed = ops.add_rms_norm(x, x, gain, 1e-5)
+    torch.testing.assert_close(normed, reference.rms_norm(summed, gain, 1e-5), atol=2e-3, rtol=2e-3)
+    n, zeros = 2, torch.zeros(2)
+    parameters = Parameters(
+        zeros, zeros + 1, zeros + 1, zeros, zeros, zeros.int(), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    )
+    assert torch.equal(ops.sample(weight[:2], parameters), weight[:2].argmax(-1).int())
 
 
 def test_the_table_is_complete_and_survives_a_rewrite(tmp_path: Path) -> None:

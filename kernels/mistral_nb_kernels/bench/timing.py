@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Timing", "copy_ceiling", "device_facts", "read_ceiling", "rotation", "time_calls"]
+from mistral_nb_kernels.bench.case import Case
+
+__all__ = ["Timing", "copy_ceiling", "device_facts", "read_ceiling", "rotated", "time_calls", "time_case", "time_peers"]
+
+DATA_SHEETS = {
+    "H100 80GB HBM3": (3350, 989),
+    "H200": (4800, 989),
+    "A100-SXM4-80GB": (2039, 312),
+    "RTX 4090": (1008, 165),
+    "L4": (300, 121),
+    "T4": (320, 65),
+}
+"""GB/s of device memory, and TFLOP/s of dense products in 16 bits, by a part of the device's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +36,35 @@ class Timing:
     p80: float
 
 
-def rotation(set_bytes: int, most: int = 256) -> int:
-    """How many sets of inputs of that size are needed so that none of them is in L2 when its turn comes again."""
+def rotated(make: Callable[[], Case], most: int = 256) -> list[Case]:
+    """As many cases of one shape as it takes that nothing of one is in L2 when its turn comes again."""
+    first = make()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(most, math.ceil(5 * l2 / set_bytes)))
+    return [first, *(make() for _ in range(max(2, min(most, math.ceil(5 * l2 / first.bytes))) - 1))]
+
+
+def time_case(make: Callable[[], Case], function: Callable[..., Any]) -> tuple[Timing, Case]:
+    """Of an op on a case, once it has been right; `ValueError` if it is wrong."""
+    cases = rotated(make)
+    wrong = cases[0].wrong(function)
+    if wrong:
+        raise ValueError(wrong)
+    return time_calls([case.call(function) for case in cases]), cases[0]
+
+
+def time_peers(
+    make: Callable[[], Case], peers: Callable[[Case], Mapping[str, Callable[[], Any]]]
+) -> tuple[dict[str, Timing], Case]:
+    """Of what others have for a case, by name. One that turns out not to run on this machine is told, and left out."""
+    cases = rotated(make)
+    sets = [peers(case) for case in cases]
+    found = {}
+    for name in sets[0]:
+        try:
+            found[name] = time_calls([calls[name] for calls in sets])
+        except RuntimeError as error:
+            print(f"{name} does not run: {str(error)[:200]}", flush=True)
+    return found, cases[0]
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], repeats: int = 20, least_ms: float = 2.0) -> Timing:
@@ -38,16 +75,23 @@ def time_calls(calls: Sequence[Callable[[], Any]], repeats: int = 20, least_ms: 
     for call in calls:
         call()
     torch.cuda.synchronize()
-    once = _events(lambda: [call() for call in calls], 3)
-    rounds = max(1, min(50, math.ceil(least_ms / statistics.median(once))))
+    graph = _captured(calls, 1)
+    once = statistics.median(_events(graph.replay, 3))
+    rounds = max(1, min(50, math.ceil(least_ms / once)))
+    if rounds > 1:
+        graph = _captured(calls, rounds)
+        _events(graph.replay, 2)
+    times = sorted(ms / (rounds * len(calls)) for ms in _events(graph.replay, repeats))
+    return Timing(statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5])
+
+
+def _captured(calls: Sequence[Callable[[], Any]], rounds: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
-    _events(graph.replay, 3)
-    times = sorted(ms / (rounds * len(calls)) for ms in _events(graph.replay, repeats))
-    return Timing(statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5])
+    return graph
 
 
 def _events(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -90,12 +134,15 @@ def copy_ceiling() -> float:
     return 2**31 / time_calls([lambda: target.copy_(source)]).ms / 1e6
 
 
-def device_facts() -> dict[str, str]:
-    """What a number needs beside it: device and versions."""
+def device_facts() -> dict[str, Any]:
+    """What a number needs beside it: device and versions, and what its data sheet says where that is known."""
+    device = torch.cuda.get_device_name()
+    sheet = next((sheet for name, sheet in DATA_SHEETS.items() if device.endswith(name)), None)
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": device,
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
+        **({} if sheet is None else {"spec_gbs": sheet[0], "spec_tflops": sheet[1]}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,16 +13,28 @@ from mistral_nb_kernels import reference
 from mistral_nb_kernels.attention import prefill_attention
 from mistral_nb_kernels.configs import Row
 from mistral_nb_kernels.decode_attention import decode_attention, rope_decode_attention
-from mistral_nb_kernels.paged import PagedKV, Rows
+from mistral_nb_kernels.paged import PAGE, PagedKV, Rows
 from mistral_nb_kernels.rope import rope_write
 
-__all__ = ["FIXED", "FORMS", "MATRIX", "Forms"]
+__all__ = ["FIXED", "FORMS", "HALF", "MATRIX", "ORDERS", "Forms", "Order"]
 
 Forms = Iterator[tuple[str, Callable[[], object]]]
 
 HEADS = {64: (9, 3), 128: (32, 8)}
 """Query and KV heads by head dimension: SmolLM2-135M's and Mistral-7B's."""
-PAGE, TOKENS = 64, 256
+TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What no test of results can be sure to see: in the code of `kernel`, in its forms that begin with `form`,
+    `pattern` is found among the barriers and accesses of device memory, one after another; else it has no `what`.
+    """
+
+    kernel: str
+    form: str
+    what: str
+    pattern: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +67,21 @@ def _rope(row: Row, dtype: torch.dtype) -> Forms:
 
 def _prefill(row: Row, dtype: torch.dtype) -> Forms:
     x = Inputs.of(row.width, dtype)
-    yield "", lambda: prefill_attention(x.q, x.rows, x.kv, config=row.config)
+    if dtype != torch.float32:  # the form with a window has every loop of the one without
+        yield "", lambda: prefill_attention(x.q, x.rows, x.kv, config=row.config)
     yield "window", lambda: prefill_attention(x.q, x.rows, x.kv, 64, config=row.config)
 
 
 def _decode(row: Row, dtype: torch.dtype) -> Forms:
     x, config, dot = Inputs.of(row.width, dtype), row.config, row.arch >= 80
     lengths = x.rows.lengths
-    yield "", lambda: decode_attention(x.q, lengths, x.kv, config=config, dot=dot)
-    yield "window", lambda: decode_attention(x.q, lengths, x.kv, 64, config=config, dot=dot)
-    yield "RoPE", lambda: rope_decode_attention(x.q, x.k, x.v, x.cos, x.sin, lengths, x.kv, config=config, dot=dot)
+    turned = functools.partial(
+        rope_decode_attention, x.q, x.k, x.v, x.cos, x.sin, lengths, x.kv, config=config, dot=dot
+    )
+    if dtype != torch.float16 or row.arch < 80:  # beside bf16, the form that has the most to hold
+        yield "", lambda: decode_attention(x.q, lengths, x.kv, config=config, dot=dot)
+        yield "RoPE", turned
+    yield "RoPE, window", lambda: turned(window=64)
 
 
 FORMS = {"rope_write": _rope, "prefill_attention": _prefill, "decode_attention": _decode}
@@ -72,4 +90,21 @@ MATRIX: dict[str, dict[int, str]] = {
     "split_kernel": {},
 }
 """wgmma on 9.0 and tcgen05 on 10.0 where a tile has rows enough."""
-FIXED = ("combine_kernel",)
+ORDERS = (
+    Order(
+        "split_kernel",
+        "",
+        "barrier and release before it counts itself, or acquire and barrier before it adds up",
+        r"STG( LDG)*( BAR)+ MEMBAR\.\S+\.GPU ATOMG\.\S+\.STRONG\.GPU CCTL\.IVALL BAR",
+    ),
+    Order(
+        "split_kernel",
+        "RoPE",
+        "barrier between the newest token's stores and the loads",
+        r"^((?!STG)\S+ )*(STG |LDG )*STG BAR",
+    ),
+)
+"""A program's sums reach the one that adds them; the newest token is in its page before its tile is loaded."""
+FIXED: tuple[str, ...] = ()
+HALF = ("decode_attention",)
+"""RoPE is in the type's own conversions; prefill differs in the type of its products alone."""

@@ -2,11 +2,12 @@
 
 Shapes use `n` for rows (tokens of all sequences, one after another), `dim` for features, `hq` and `hkv` for query and
 KV heads, `d` for the head dimension and `t` for the keys of one sequence. Every op works row by row: on the CPU what a
-row gets is the same to the bit however many rows and threads there are (`linear` excepted: BLAS chooses its order by
-the shape).
+row gets is the same to the bit however many rows and threads there are (`linear` excepted where it goes through BLAS,
+which chooses its order by the shape).
 """
 
 from mistral_nb_kernels.reference.attention import (
+    RopeScaling,
     attention,
     decode_attention,
     prefill_attention,
@@ -15,16 +16,22 @@ from mistral_nb_kernels.reference.attention import (
     rope_table,
     rope_write,
 )
-from mistral_nb_kernels.reference.layers import embedding, rms_norm, swiglu
-from mistral_nb_kernels.reference.linear import linear, linear_int8, quantize_int8
-from mistral_nb_kernels.reference.sampling import philox, sample, uniform
+from mistral_nb_kernels.reference.layers import add_rms_norm, embedding, rms_norm, swiglu
+from mistral_nb_kernels.reference.linear import linear, linear_int4_cpu, linear_int8, quantize_int8
+from mistral_nb_kernels.reference.lora import lora_expand, lora_shrink
+from mistral_nb_kernels.reference.sampling import philox, sample, sample_row, uniform
 
 __all__ = [
+    "RopeScaling",
+    "add_rms_norm",
     "attention",
     "decode_attention",
     "embedding",
     "linear",
+    "linear_int4_cpu",
     "linear_int8",
+    "lora_expand",
+    "lora_shrink",
     "philox",
     "prefill_attention",
     "quantize_int8",
@@ -34,6 +41,7 @@ __all__ = [
     "rope_table",
     "rope_write",
     "sample",
+    "sample_row",
     "swiglu",
     "uniform",
 ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +13,7 @@ from torch import Tensor
 from mistral_nb_kernels.paged import PagedKV, Rows
 
 __all__ = [
+    "RopeScaling",
     "attention",
     "decode_attention",
     "prefill_attention",
@@ -19,12 +24,42 @@ __all__ = [
 ]
 
 
-def rope_table(positions: int, d: int, theta: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How a model's angles were stretched after its training, in the names of Hugging Face's `rope_parameters`.
+
+    "linear" divides every frequency by `factor`. "llama3" divides those that turn less than `low_freq_factor` times in
+    `original_max_position_embeddings` positions, keeps those that turn more than `high_freq_factor` times, and weighs
+    in between. The last three are of "llama3" alone.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+def rope_table(
+    positions: int,
+    d: int,
+    theta: float,
+    device: torch.device | str = "cpu",
+    scaling: RopeScaling | None = None,
+) -> tuple[Tensor, Tensor]:
     """cos and sin [positions, d] of the half-split pairing: features i and i + d/2 turn by pos * theta^(-2i/d).
 
-    The angles are computed in fp32 from fp32 frequencies, as transformers does. Source: Su et al., 2021 (RoFormer).
+    The angles are computed in fp32 from fp32 frequencies, as transformers does. Sources: Su et al., 2021 (RoFormer);
+    Chen et al., 2023 ("linear"); Llama Team, 2024 ("llama3").
     """
     inverse = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.int64, device=device).float() / d)
+    if scaling is not None:
+        kept = torch.zeros_like(inverse)
+        if scaling.rope_type == "llama3":
+            turns = scaling.original_max_position_embeddings / (2 * math.pi / inverse)
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        inverse = (1 - kept) * inverse / scaling.factor + kept * inverse
     angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), inverse)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin_()
@@ -42,6 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
 
     q [n, hq, d]; k, v [hkv, t, d] with t >= n, the queries standing at positions t-n .. t-1; each sees itself and what
     comes before, the last `window` positions of it where a window is given. Scores are scaled by d^-1/2. -> [n, hq, d].
+    Where no fused kernel of SDPA shares KV heads, they are repeated, so that none keeps every head's scores.
     """
     n, hq, d = q.shape
     hkv, t, _ = k.shape
@@ -61,10 +97,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
+    shared = group > 1
+    if shared and not _shares_heads(q, mask):
+        shared = False
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=shared
     )
     return out[0].transpose(0, 1)
+
+
+def _shares_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA's fused kernel takes fewer KV heads: on a GPU flash alone, from 8.0 on, 16 bits, no mask."""
+    if q.device.type != "cuda":
+        return True
+    return mask is None and q.itemsize == 2 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: PagedKV) -> Tensor:
@@ -84,11 +131,15 @@ def rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: 
 
 
 def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = None) -> Tensor:
-    """`attention` of each sequence's rows over its pages; q [n, hq, d], rotated and its keys written -> [n, hq, d]."""
+    """`attention` of each sequence's rows over its pages; q [n, hq, d], rotated and its keys written -> [n, hq, d].
+
+    The host reads where rows begin and end: on a GPU it waits for what was launched before.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    starts = rows.starts.tolist()
-    for sequence, length in enumerate(rows.lengths.tolist()):
-        mine = slice(starts[sequence], starts[sequence + 1])
+    ends = torch.cat((rows.starts, rows.lengths)).tolist()
+    batch = len(rows.lengths)
+    for sequence, length in enumerate(ends[batch + 1 :]):
+        mine = slice(ends[sequence], ends[sequence + 1])
         if mine.stop > mine.start:
             out[mine] = attention(q[mine], *kv.of(sequence, length), window)
     return out

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["embedding", "rms_norm", "swiglu"]
+__all__ = ["add_rms_norm", "embedding", "rms_norm", "swiglu"]
 
 GRAIN = 32_768
 """Elements from which on torch splits an element-wise CPU op by threads: the end of a split that is no whole number of
@@ -20,7 +20,14 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32; [n, dim] -> [n, dim] (Zhang, Sennrich, 2019)."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x + residual, and that sum, both [n, dim]."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

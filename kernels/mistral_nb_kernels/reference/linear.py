@@ -8,14 +8,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["linear", "linear_int8", "quantize_int8"]
+from mistral_nb_kernels.packed import Int4Cpu, Int8, LoraRows, Norm, Weight, dequantize
+from mistral_nb_kernels.reference.layers import rms_norm, swiglu
+from mistral_nb_kernels.reference.lora import lora_expand
+
+__all__ = ["linear", "linear_int4_cpu", "linear_int8", "quantize_int8"]
 
 INT8_MAX = 127
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, in] @ weight [out, in]^T -> [n, out]."""
-    return F.linear(x, weight)
+def linear(
+    x: Tensor,
+    weight: Weight,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    lora: LoraRows | None = None,
+) -> Tensor:
+    """norm(x) [n, in] @ weight [out, in]^T, with adapters, gated, and added to a residual -> [n, out].
+
+    `gated` halves the outputs: silu of the first half times the second. The norm and the product are rounded to x's
+    type, as torch's own ops are; what follows the product is in fp32 and rounded once. On the CPU int8 goes through
+    `linear_int8`, `Int4Cpu` through `linear_int4_cpu`; `Int4` is for GPUs, and dequantised whole at each call.
+    """
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps)
+    if isinstance(weight, Int8) and x.device.type == "cpu" and x.dtype != torch.float64:
+        y = linear_int8(x, weight.values, weight.scale)
+    elif isinstance(weight, Int4Cpu) and x.dtype != torch.float64:
+        y = linear_int4_cpu(x, weight)
+    else:
+        y = F.linear(x, dequantize(weight, x.dtype))
+    if lora is None and residual is None and not gated:
+        return y.to(x.dtype)
+    y = y.to(torch.promote_types(x.dtype, torch.float32))
+    if lora is not None:
+        y = lora_expand(lora.shrunk, lora.lora, lora.slots, y)
+    if gated:
+        y = swiglu(y)
+    if residual is not None:
+        y = residual + y
+    return y.to(x.dtype)
 
 
 def quantize_int8(x: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -43,6 +77,18 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """
     assert weight.shape[1] % 32 == 0
     return torch._weight_int8pack_mm(x.to(torch.bfloat16), weight, _ones(len(weight))) * scale
+
+
+def linear_int4_cpu(x: Tensor, weight: Int4Cpu) -> Tensor:
+    """x [n, in] @ weight [out, in]^T -> fp32 [n, out]. CPU.
+
+    x, scales, middles and the result are rounded to bf16: 3.0e-3 of the result against fp64, where int8 costs 7e-3;
+    the sums are made in fp32, in an order that depends neither on the number of rows nor on that of threads. A step of
+    the embedded model's matrices takes 4.0 ms on one thread, and 7.4 ms in int8 (AMD EPYC). torch's op takes what it
+    is given for contiguous, so that some outputs of a matrix have their scales and middles copied at each call.
+    """
+    rounded, affine = x.to(torch.bfloat16).contiguous(), weight.affine.contiguous()
+    return torch._weight_int4pack_mm_for_cpu(rounded, weight.packed, weight.group, affine).float()
 
 
 @functools.cache

@@ -1,19 +1,58 @@
-"""From scores to the next token, in torch, and the random numbers that decide it."""
+"""From scores to the next token, in torch, and the random numbers that decide it.
+
+    1. penalties: repetition (Keskar et al., 2019, as in transformers): of a token seen, in the prompt or written, a
+       positive score is divided, another multiplied; then frequency * count + presence * (count > 0) off (OpenAI's)
+    2. temperature below 1e-5: the lowest id of the largest score
+    3. weights: floor(2^30 exp((score - largest) / temperature)), integers
+    4. top_k > 0: scores equal to the k-th largest, or above it, stay
+    5. top_p < 1: the smallest set of the likeliest tokens left whose mass reaches top_p, and all that weigh as much as
+       the least of them; at least one (Holtzman et al., 2019)
+    6. the draw: the first token, in the order of ids, up to which the mass left exceeds u times all of it
+
+A repetition penalty of 0 is off, as 1 is. A score of -inf, and one so low that it weighs 0, is never drawn. Everything
+up to the weights is fp32 additions, multiplications and divisions in a fixed order, each rounded as IEEE 754 has it;
+exp, too, by a polynomial. From there on everything is integers. So neither the order of sums nor the hardware decides,
+and the kernel draws the same tokens.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["philox", "sample", "uniform"]
+from mistral_nb_kernels.parameters import COLDEST, EXP2, LOG2E, MOST, UNIT, Parameters, Penalties
 
-COLDEST = 1e-5
-"""Below this temperature a draw is greedy: the scores' quotient would leave fp32."""
+__all__ = ["philox", "sample", "sample_row", "uniform"]
+
+WORD = 1 << 32
 
 
-def sample(
+def sample(logits: Tensor, parameters: Parameters, penalties: Penalties | None = None) -> Tensor:
+    """The next token of every row of `logits` [n, vocab] -> int32 [n]; -1 where the largest score is not finite."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    columns = [getattr(parameters, name).tolist() for name in (*names, "seed", "position")]
+    places = [-1] * len(logits) if penalties is None else penalties.row.tolist()
+    tokens = []
+    for scores, place, *values, seed, position in zip(logits, places, *columns, strict=True):
+        counts = seen = None
+        if penalties is not None and place >= 0:
+            counts = penalties.counts[place]
+            seen = penalties.prompt[place] | (counts > 0)
+        how = dict(zip(names, values, strict=True))
+        try:
+            token = sample_row(scores, draw=uniform(seed, position), seen=seen, counts=counts, **how)
+        except FloatingPointError:
+            token = -1
+        if counts is not None and token >= 0:
+            counts[token] += 1
+        tokens.append(token)
+    return torch.tensor(tokens, dtype=torch.int32, device=logits.device)
+
+
+def sample_row(
     logits: Tensor,
     *,
     temperature: float,
@@ -26,56 +65,82 @@ def sample(
     frequency_penalty: float = 0.0,
     presence_penalty: float = 0.0,
 ) -> int:
-    """The next token of one sequence from `logits` [vocab], and a uniform `draw` in [0, 1).
+    """The next token of one sequence from `logits` [vocab], and a uniform `draw` in [0, 1), of which 32 bits count.
 
-    In this order: repetition penalty over `seen` [vocab] bool (Keskar et al., 2019, as in transformers: positive scores
-    are divided, negative ones multiplied); frequency and presence penalties by `counts` [vocab], the times a token was
-    written (OpenAI's definition); temperature, of which less than 1e-5 is the lowest id of the largest score; `top_k`
-    (0 keeps all; scores equal to the k-th stay); `top_p` (the smallest set of likeliest tokens whose mass reaches it,
-    at least one; Holtzman et al., 2019); then the inverse of the cumulative distribution, likeliest token first where a
-    filter is on. Raises `FloatingPointError` when the largest score is not a finite number.
+    seen [vocab] bool; counts [vocab]. Raises `FloatingPointError` when the largest score is not a finite number.
     """
-    scores = logits.float()
-    if seen is not None and repetition_penalty not in (0.0, 1.0):
-        penalized = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
-        scores = torch.where(seen, penalized, scores)
-    if counts is not None and (frequency_penalty or presence_penalty):
-        scores = scores - frequency_penalty * counts - presence_penalty * (counts > 0)
+    scores = penalized(logits, seen, counts, repetition_penalty, frequency_penalty, presence_penalty)
     largest, likeliest = scores.max(dim=-1)
     if not math.isfinite(largest):
         raise FloatingPointError(f"the largest logit is {float(largest)}")
-    if temperature < COLDEST:
+    if _fp32(temperature) < COLDEST:
         return int(likeliest)
-    weights = ((scores - largest) / temperature).exp()
-    if top_k == 0 and top_p >= 1:
-        return _draw(weights, draw)
-    return _draw_filtered(weights, top_k, top_p, draw)
+    weights, ids = keep(scores, largest, temperature, top_k, top_p)
+    index = pick(weights, [int(draw * WORD)])[0]
+    return index if ids is None else int(ids[index])
 
 
-def _draw(weights: Tensor, draw: float) -> int:
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
-    return min(index, len(cumulative) - 1)
+def penalized(
+    logits: Tensor, seen: Tensor | None, counts: Tensor | None, repetition: float, frequency: float, presence: float
+) -> Tensor:
+    """The fp32 scores [vocab] of `logits`, penalties taken off."""
+    scores = logits.float()
+    if seen is not None and repetition not in (0.0, 1.0):
+        factor = torch.tensor(repetition, dtype=torch.float32, device=scores.device)
+        scores = torch.where(seen, torch.where(scores > 0, scores / factor, scores * factor), scores)
+    if counts is not None and (frequency or presence):
+        scores = scores - frequency * counts - presence * (counts > 0)
+    return scores
 
 
-def _draw_filtered(weights: Tensor, top_k: int, top_p: float, draw: float) -> int:
-    """Draw by `weights` [vocab] among the likeliest; sorts only as much of the vocabulary as the filters can keep."""
-    vocab = weights.shape[-1]
-    top_k = min(top_k, vocab)
-    # 256 candidates hold the nucleus of nearly every step, and topk is about 8 times faster than a full sort
-    size = min(vocab, max(256, 2 * top_k))
+def keep(scores: Tensor, largest: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """The weights, int32, of fp32 `scores` [vocab], 0 for what top_p drops, and their ids: None for all of them."""
+    ids = None
+    if 0 < top_k < len(scores):
+        ids = (scores >= scores.topk(top_k).values[-1]).nonzero()[:, 0]
+        scores = scores[ids]
+    weights = weigh(scores, largest, temperature)
+    if top_p < 1:
+        weights = weights * (weights >= _least(weights, top_p))
+    return weights, ids
+
+
+def weigh(scores: Tensor, largest: Tensor, temperature: float) -> Tensor:
+    """floor(2^30 exp((score - largest) / temperature)) of fp32 `scores`, int32 of their shape."""
+    halvings = (largest - scores).mul_(LOG2E / _fp32(temperature)).clamp_(max=MOST)
+    whole = halvings.floor()
+    fraction = halvings.sub_(whole)
+    power = fraction * EXP2[-1]
+    for coefficient in EXP2[-2::-1]:
+        power.add_(coefficient).mul_(fraction)
+    return power.add_(1.0).mul_(UNIT).int() >> whole.int()
+
+
+def pick(weights: Tensor, words: Sequence[int]) -> list[int]:
+    """The index into `weights` [m] that each of `words`, of 32 bits, draws: of the first sum above word / 2^32."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.int64)
+    total = int(cumulative[-1])
+    targets = torch.tensor([word * total // WORD for word in words], device=weights.device)
+    indices: list[int] = torch.searchsorted(cumulative, targets, right=True).tolist()
+    return indices
+
+
+def _least(weights: Tensor, top_p: float) -> Tensor:
+    """The least weight of the smallest set of the largest of `weights` [m] whose mass reaches top_p of all."""
+    needed = math.ceil(_fp32(top_p) * int(weights.sum(dtype=torch.int64)))
+    size = 256
     while True:
-        head, ids = weights.topk(size)
-        cut = bool(top_k) and bool(head[-1] < head[top_k - 1])
-        if cut:
-            head = head.masked_fill(head < head[top_k - 1], 0.0)
-        total = (head if cut else weights).sum(dtype=torch.float64)
-        keep = head.cumsum(dim=-1, dtype=torch.float64) - head < top_p * total
-        if size == vocab or cut or not (top_k or keep[-1]):
-            break
-        size = min(vocab, size * 8)
-    keep[0] = True
-    return int(ids[_draw(head * keep, draw)])
+        # 256 candidates hold the nucleus of nearly every step, and topk is about 8 times faster than a full sort
+        head = weights.topk(min(size, len(weights))).values
+        mass = head.cumsum(dim=-1, dtype=torch.int64)
+        if mass[-1] >= needed:
+            return head[torch.searchsorted(mass, needed)]
+        size *= 8
+
+
+def _fp32(x: float) -> float:
+    """`x` rounded to fp32, as a batch's parameters are; its largest number where `x` is beyond."""
+    return torch.tensor(min(x, torch.finfo(torch.float32).max), dtype=torch.float32).item()
 
 
 def uniform(seed: int, position: int) -> float:

@@ -13,6 +13,11 @@ def decode(what: str, old: str, new: str) -> Mutant:
     return Mutant(what, "decode_attention.py", "test_decode_attention.py", old, new)
 
 
+def code(what: str, old: str, new: str) -> Mutant:
+    """What only the machine code shows."""
+    return Mutant(what, "decode_attention.py", "test_compile_report.py", old, new)
+
+
 def prefill(what: str, old: str, new: str) -> Mutant:
     return Mutant(what, "attention.py", "test_prefill_attention.py", old, new)
 
@@ -23,45 +28,75 @@ def tiles(what: str, old: str, new: str) -> Mutant:
 
 MUTANTS = (
     rope("turned the other way", "(first * cos[None, :] - second", "(first * cos[None, :] + second"),
-    rope("halves swapped", "x + head * stride_x + feature,", "x + head * stride_x + HALF - 1 - feature,"),
-    rope("no mask of padded heads", "inside = head < HEADS", "inside = head < PADDED"),
+    rope("halves swapped", "at = x + head * stride + tl", "at = x + head * stride + HALF - 1 - tl"),
+    rope(
+        "no mask of padded heads",
+        "second * sin[None, :]).to(y.dtype.element_ty), mask=head < HEADS",
+        "second * sin[None, :]).to(y.dtype.element_ty), mask=head < PADDED",
+    ),
     rope("one position late", "angle = position.to(tl.int64) * stride", "angle = (position + 1).to(tl.int64) * stride"),
     rope("padding rows written", "if position < 0:", "if position < -1:"),
     rope("the page without its place in it", "position % PAGE * stride_token", "0 * stride_token"),
-    rope("sequence ignored", "tl.load(sequences + row).to(tl.int64) * stride_table", "0 * stride_table"),
+    rope("sequence ignored", "sequence * stride_table", "0 * stride_table"),
     rope("offsets in 32 bits", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     rope(
         "v at k's stride", "v + row * stride_v + head * stride_v_head", "v + row * stride_v + head * stride_k_head * 2"
     ),
     decode("wrong KV head", "k += kv_head * stride_page_head", "k += 0 * stride_page_head"),
-    decode("wrong query heads", "heads = kv_head * GROUP + member", "heads = kv_head * PADDED + member"),
+    decode("wrong query heads", "(kv_head * GROUP + member)[:, None]", "(kv_head * PADDED + member)[:, None]"),
     decode("scale forgotten", "d**-0.5 * math.log2(math.e)", "math.log2(math.e)"),
-    decode(
-        "window off by one",
-        "lowest = tl.maximum(length - window, 0)\n    begin",
-        "lowest = tl.maximum(length - window - 1, 0)\n    begin",
-    ),
+    decode("window off by one", "tl.maximum(length - window, 0)", "tl.maximum(length - window - 1, 0)"),
     decode("window's mask dropped", "visible = visible & (at + column >= lowest)", "visible = visible"),
-    decode("length's mask dropped", "visible = at + column < stored", "visible = at + column < at + BLOCK_N"),
-    decode("last split skipped", "last = tl.cdiv(length, SPLIT)", "last = length // SPLIT"),
-    decode("a split that ends on the length left out", "if (begin >= length)", "if (end >= length)"),
+    decode("length's mask dropped", "visible = at + column < length", "visible = at + column < at + BLOCK_N"),
+    decode("last split skipped", "tl.cdiv(length, SPLIT)", "tl.maximum(length // SPLIT, 1)"),
+    decode("a split without its end", "tl.minimum(split * SPLIT + SPLIT, length)", "length"),
+    decode(
+        "a program's splits skipped",
+        "tl.range(first + program, last, programs)",
+        "tl.range(first + program, last, programs + 1)",
+    ),
+    decode("the next split's page is another's", "(split + programs) * SPLIT", "(split + 1) * SPLIT"),
+    decode(
+        "the window's first page is the split's",
+        "begin = tl.maximum((first + program) * SPLIT, lowest_tile)",
+        "begin = (first + program) * SPLIT",
+    ),
+    decode("a length past the capacity", "length = tl.minimum(asked, capacity)", "length = asked"),
+    decode("a token past the capacity written over the last", "tl.where(asked <= capacity, D, 0)", "D"),
+    decode("a batch larger than the table", "assert batch <= len(kv.table)", "assert batch"),
+    decode("fewer lengths than rows", "assert len(lengths) == batch", "assert batch"),
+    decode("query heads left over", "assert hq % kv.n_kv_heads == 0", "assert hq"),
+    decode(
+        "another model's k and v", "assert k.shape == v.shape == (len(q), kv.n_kv_heads, q.shape[-1])", "assert q.shape"
+    ),
+    Mutant(
+        "an owner's counters ignored", "paged.py", "test_decode_attention.py", "if self.arrived is None:", "if True:"
+    ),
     decode(
         "splits weighed alike",
-        'weight = tl.load(lse + row, mask=split < last, other=float("-inf"))',
-        'weight = tl.load(lse + row, mask=split < last, other=float("-inf")) * 0',
+        'tl.load(lse + row, mask=inside, other=float("-inf"))',
+        'tl.where(inside, 0.0, float("-inf"))',
     ),
     decode(
         "splits before the window combined",
-        "for at in tl.range(lowest // SPLIT, last, BLOCK):",
-        "for at in tl.range(0, last, BLOCK):",
+        "tl.range(first, last, BLOCK, num_stages=STAGES)",
+        "tl.range(0, last, BLOCK, num_stages=STAGES)",
     ),
+    decode("combined by the first to arrive", "== arriving - 1:", "== 0:"),
+    decode("splits waited for", "tl.minimum(tl.maximum(last - first, 1), programs)", "tl.maximum(last - first, 1)"),
+    decode("counter not reset", "tl.store(arrived + head, 0)", "tl.store(arrived + head, arriving)"),
+    decode("counter of another head", "tl.atomic_add(arrived + head, 1", "tl.atomic_add(arrived + sequence, 1"),
+    code("counted without a release", 'sem="acq_rel"', 'sem="relaxed"'),
+    code("released to its own block", 'scope="gpu"', 'scope="cta"'),
+    code("the newest token read before it is there", "tl.debug_barrier()  # this program", "pass  # this program"),
+    decode("newest token written by a neighbour", "(last - 1 - first) % programs", "(last - first) % programs"),
     decode(
-        "newest token not counted",
-        "total = total * decay + tl.sum(p, axis=1)\n            acc = acc * decay[:, None] + p",
-        "acc = acc * decay[:, None] + p",
+        "the newest key's halves swapped",
+        "turned = _turned(tl.load(k_new + feature)",
+        "turned = _turned(tl.load(k_new + partner)",
     ),
-    decode("newest token written by its neighbour", "if stored < end:", "if stored <= end:"),
-    decode("RoPE halves swapped", "tl.where(feature < D // 2, -1.0, 1.0)", "tl.where(feature < D // 2, 1.0, -1.0)"),
+    decode("angles of the next position", "angle = tl.maximum(length - 1, 0)", "angle = tl.maximum(length, 0)"),
+    decode("RoPE halves swapped", "tl.where(feature < half, -1.0, 1.0)", "tl.where(feature < half, 1.0, -1.0)"),
     decode("an empty place divides by zero", "tl.where(total == 0.0, 1.0, total)", "total"),
     prefill(
         "causal mask off by one",
@@ -69,6 +104,7 @@ MUTANTS = (
         "visible = (at + column)[None, :] < position[:, None] + 2",
     ),
     prefill("window off by one", "> position[:, None] - window", ">= position[:, None] - window"),
+    prefill("tiles counted twice", "        begin = end\n", "        begin = begin\n"),
     prefill("scale forgotten", "d**-0.5 * math.log2(math.e)", "math.log2(math.e)"),
     prefill(
         "a tile too many unmasked",
@@ -84,8 +120,8 @@ MUTANTS = (
     prefill("wrong KV head", "v += (head // GROUP) * stride_page_head", "v += 0 * stride_page_head"),
     prefill(
         "padding keys loaded",
-        "inside = (at + column < length)[:, None]",
-        "inside = (at + column < length + BLOCK_N)[:, None]",
+        "stored = (at + column < length)[:, None]",
+        "stored = (at + column < length + BLOCK_N)[:, None]",
     ),
     prefill(
         "rows of the next sequence written", "inside = (row < rows)[:, None]", "inside = (row < rows + 1)[:, None]"
@@ -100,6 +136,16 @@ MUTANTS = (
         "page table ignored",
         "page = tl.load(table + tl.maximum(tl.minimum(at, last), 0) // PAGE)",
         "page = tl.load(table)",
+    ),
+    *(
+        Mutant(
+            f"pages behind the table looked up in {op}",
+            "tiles.py",
+            f"test_{op}_attention.py",
+            "tl.minimum(at, last)",
+            "at",
+        )
+        for op in ("decode", "prefill")
     ),
     tiles("old sums not rescaled", "tl.exp2(m - pivot)", "tl.exp2(m - m)"),
     rope(
