@@ -44,8 +44,7 @@ from torch import Tensor
 
 from mistral_nb_kernels.configs import Config
 from mistral_nb_kernels.dequantize import dequantize_rows
-from mistral_nb_kernels.lora import _tile as tile_of
-from mistral_nb_kernels.lora import lora_expand
+from mistral_nb_kernels.lora import lora_expand, tile_of
 from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, LoraRows, Norm, Weight
 from mistral_nb_kernels.products import by_dots, by_sums
 from mistral_nb_kernels.rms_norm import rms_norm

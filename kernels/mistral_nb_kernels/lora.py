@@ -40,6 +40,7 @@ __all__ = [
     "lora_shrink",
     "lora_shrink_kernel",
     "lora_shrink_rows_kernel",
+    "tile_of",
 ]
 
 FEW = 64
@@ -168,7 +169,7 @@ def lora_shrink_rows_kernel(
 
 
 @triton.jit
-def _tile(index, end_0, end_1, end_2, BLOCK: tl.constexpr):
+def tile_of(index, end_0, end_1, end_2, BLOCK: tl.constexpr):
     """The part that a tile of outputs lies in, its first output, and the part's end: no tile crosses parts."""
     tiles_0 = tl.cdiv(end_0, BLOCK)
     tiles_1 = tl.cdiv(end_1 - end_0, BLOCK)
@@ -201,7 +202,7 @@ def lora_expand_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
         return
-    part, first, end = _tile(tl.program_id(1), end_0, end_1, end_2, BLOCK)
+    part, first, end = tile_of(tl.program_id(1), end_0, end_1, end_2, BLOCK)
     output = first + tl.arange(0, BLOCK)
     inside = output < end
     shrunk += row * stride_shrunk + part * RANK
@@ -247,7 +248,7 @@ def lora_expand_rows_kernel(
 ):
     """Grid: (tiles of outputs, tiles of rows). `shrunk` may leave fp16's range where y does not: see `_unit`."""
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    part, first, end = _tile(tl.program_id(0), end_0, end_1, end_2, BLOCK_N)
+    part, first, end = tile_of(tl.program_id(0), end_0, end_1, end_2, BLOCK_N)
     output = first + tl.arange(0, BLOCK_N)
     inside = output < end
     slot = tl.load(slots + row, mask=row < rows, other=-1)

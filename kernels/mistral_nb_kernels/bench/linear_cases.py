@@ -306,7 +306,7 @@ def _linear(bits: int, *kinds: str) -> Tunable:
 def _shrink_tiles(config: Config) -> Iterator[Config]:
     """And those for many rows."""
     yield config
-    for stages, block_m, block_n, block_k in itertools.product((3, 4), (16, 32, 64), (32, 64), (64, 128)):
+    for stages, block_m, block_n, block_k in itertools.product((3, 4, 5), (16, 32, 64), (16, 32, 64), (64, 128)):
         yield replace(config, stages=stages, block_m=block_m, block_n=block_n, block_k=block_k)
 
 
