@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,6 +33,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return new.fill_(torch.iinfo(new.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes may be started that compile. They want to know where this one's main module came from, and IPython
+    leaves one that cannot say.
+    """
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
 
 
 @pytest.fixture

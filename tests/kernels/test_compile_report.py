@@ -12,9 +12,9 @@ from mistral_nb_kernels.configs import Config, Row
 compile_report = pytest.importorskip("mistral_nb_kernels.compile_report")
 
 
-def test_two_configs_compiled_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiling")
+def test_two_configs_compiled_and_read() -> None:
     """One that is as it must be, and one of a single warp: too few registers, and wgmma takes four."""
-    monkeypatch.delenv("TRITON_INTERPRET")
     good, bad = (Config(warps, stages=3, block_m=128, block_n=64) for warps in (8, 1))
     compiled = compile_report.report(tuple(Row("prefill_attention", 90, 64, 16, c) for c in (good, bad)), workers=2)
     assert [x.variant for x in compiled] == ["", "window"] * 2
@@ -36,9 +36,9 @@ def test_two_configs_compiled_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_the_order_that_the_one_launch_of_decode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiling")
+def test_the_order_that_the_one_launch_of_decode_needs() -> None:
     """Neither the interpreter nor, but by chance, a result on a GPU shows that a barrier is missing."""
-    monkeypatch.delenv("TRITON_INTERPRET")
     config = Config(warps=4, stages=3, block_n=32, split=256)
     compiled = compile_report.report((Row("decode_attention", 90, 64, 16, config),), workers=1)
     assert [(x.variant, x.dtype) for x in compiled] == [

@@ -198,9 +198,9 @@ def compiled() -> str:
     return text
 
 
-def test_the_scaled_sum_is_rounded_whatever_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiling")
+def test_the_scaled_sum_is_rounded_whatever_is_added_to_it() -> None:
     """Else a row gets other bits where its batch has adapters: they come between the scale and the residual."""
-    monkeypatch.delenv("TRITON_INTERPRET")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         code = pool.submit(compiled).result()
     fused = re.findall(r"fma\.rn\.f32[^,]*,[^,]*,[^,]*,\s*(\S+);", code)
