@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from mistral_nb_kernels.bench import linear_cases, sampling_cases, timing  # noq
 from mistral_nb_kernels.bench.exactness import exact  # noqa: E402
 from mistral_nb_kernels.bench.results import Plot, Results  # noqa: E402
 from mistral_nb_kernels.packed import Dense, Int4, Int8, Lora, LoraRows, Norm, Weight, dequantize  # noqa: E402
+from tests.kernels.chi_square import assert_drawn_from  # noqa: E402
 
 # what other packages warn of on a host is no fault of the kernels
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -298,13 +298,7 @@ def test_draws_through_the_kernel_have_the_exact_distribution(asked: dict[str, f
         drawn.append(sample(logits.to(DEVICE).expand(n, 300), batch, counted).cpu())
     expected = DRAWS * sampling_cases.shares(logits, counts, prompt, how)
     observed = torch.bincount(torch.cat(drawn), minlength=300).double()
-    assert (observed[expected == 0] == 0).all()
-    rare = expected < 5
-    observed, expected = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (observed, expected))
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(expected) - 1
-    quantile = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert float(((observed - expected) ** 2 / expected).sum()) < quantile
+    assert_drawn_from(observed, expected)
 
 
 def captured(call: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
