@@ -7,12 +7,15 @@ for a status line. `reference` holds every op in torch. An op's kernel has the o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,7 +44,7 @@ __all__ = [
     "Rows",
     "Weight",
     "choose",
-    "kernels_in_use",
+    "compilation",
     "reference",
     "rule",
 ]
@@ -117,6 +120,11 @@ class Ops:
     lora_expand: Callable[..., Tensor]
     sample: Callable[..., Tensor]
     choices: tuple[Choice, ...]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a decoding step; torch's attention and draws read numbers on the host."""
+        return all(choice.config for choice in self.choices if choice.op in ("rope_decode_attention", "sample"))
 
     def __str__(self) -> str:
         """What runs which ops, such as "Triton (unmeasured): rope_write, sample; torch (...): prefill_attention"."""
@@ -210,6 +218,20 @@ def _by_weight(bound: Mapping[type, Callable[..., Tensor]]) -> Callable[..., Ten
     return linear
 
 
-def kernels_in_use() -> str:
-    """What runs the engine's ops, in words for a status line."""
-    return "torch reference"
+@contextlib.contextmanager
+def compilation() -> Iterator[None]:
+    """Around what launches kernels, which are compiled then: `RuntimeError` where that cannot be done here."""
+    try:
+        yield
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"Triton could not build its launchers, as the C compiler ended with exit status {error.returncode}: "
+            "install gcc and Python's headers (python3-dev)"
+        ) from error
+    except _errors_of_triton() as error:
+        raise RuntimeError(f"Triton could not compile a kernel ({type(error).__name__}: {error})") from error
+
+
+def _errors_of_triton() -> tuple[type[Exception], ...]:
+    errors = sys.modules.get("triton.errors")
+    return () if errors is None else (errors.TritonError,)

@@ -9,31 +9,23 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
-import functools
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from mistral_nb_kernels.configs import Config, Row, read
 from mistral_nb_kernels.launches import FIXED, FORMS, HALF, MATRIX, ORDERS
+from mistral_nb_kernels.machine_code import SHARED_MEMORY, Code, compiling, read_code
 
-__all__ = ["SHARED_MEMORY", "Compiled", "markdown", "problems", "report", "with_table"]
+__all__ = ["Compiled", "markdown", "problems", "report", "with_table"]
 
 START, END = "<!-- compiled -->", "<!-- /compiled -->"
 
-SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB that a block may have, by compute capability (CUDA programming guide, compute capabilities)."""
 ASYNCHRONOUS = ("LDGSTS", "UTMALDG", "UBLKCP")
 """Copies from global to shared memory that need no registers: cp.async, and the bulk ones."""
 MEMORY = ("BAR", "MEMBAR", "LDG", "STG", "ATOMG", "RED", "CCTL", *ASYNCHRONOUS)
@@ -74,79 +66,71 @@ def report(rows: tuple[Row, ...] | None = None, workers: int | None = None) -> l
     rows = read() if rows is None else rows
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context) as pool:
-        return [compiled for found in pool.map(_compile_row, rows) for compiled in found]
+        built = [each for launched in pool.map(_compile_row, rows) for each in launched]
+        places: dict[int, list[int]] = {}
+        for place, each in enumerate(built):
+            places.setdefault(each.row.arch, []).append(place)
+        batches = [[built[place] for place in those] for those in places.values()]
+        found = zip(places.values(), pool.map(_read, batches), strict=True)
+        compiled = {place: x for those, read_ones in found for place, x in zip(those, read_ones, strict=True)}
+    return [compiled[place] for place in range(len(built))]
 
 
-def _compile_row(row: Row) -> list[Compiled]:
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A form of a row, compiled."""
+
+    row: Row
+    dtype: str
+    variant: str
+    kernel: str
+    warps: int
+    shared: int
+    cubin: bytes
+
+
+def _compile_row(row: Row) -> list[_Built]:
     torch.set_num_threads(1)
     dtype = torch.float32 if row.bits == 32 else torch.float16 if row.arch < 80 else torch.bfloat16
     also = [torch.float16] if row.op in HALF and dtype == torch.bfloat16 else []
     forms = ((each, *form) for each in (dtype, *also) for form in FORMS[row.op](row, each))
     found = []
     for dtype, variant, launch in forms:
-        with _compiling(row.arch) as kernels:
+        with compiling(row.arch) as kernels:
             launch()
+        name = str(dtype).removeprefix("torch.")
         for kernel in kernels:
-            usage = _read_cubin(kernel.asm["cubin"], MATRIX.get(kernel.name, {}).get(row.arch, "HMMA"))
-            config = row.config if kernel.name not in FIXED else Config(kernel.metadata.num_warps)
-            facts = (kernel.name, row.arch, row.width, row.bits, str(dtype).removeprefix("torch."), variant)
-            found.append(
-                Compiled(*facts, config, row.measured, shared=kernel.metadata.shared, **usage)  # type: ignore[arg-type]
-            )
+            facts = (kernel.name, kernel.metadata.num_warps, kernel.metadata.shared, kernel.asm["cubin"])
+            found.append(_Built(row, name, variant, *facts))
     return found
 
 
-@contextlib.contextmanager
-def _compiling(arch: int) -> Iterator[list[Any]]:
-    """Launches compile for `arch` and stop there; the list gets what was compiled."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
+def _read(built: list[_Built]) -> list[Compiled]:
+    """All of one architecture."""
+    codes = read_code(built[0].row.arch, [each.cubin for each in built])
+    return [_counted(each, code) for each, code in zip(built, codes, strict=True)]
 
-    compiled: list[Any] = []
-    run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
-
-    target = SimpleNamespace(
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+def _counted(built: _Built, code: Code) -> Compiled:
+    row = built.row
+    return Compiled(
+        kernel=built.kernel,
+        arch=row.arch,
+        width=row.width,
+        bits=row.bits,
+        dtype=built.dtype,
+        variant=built.variant,
+        config=row.config if built.kernel not in FIXED else Config(built.warps),
+        measured=row.measured,
+        registers=code.registers,
+        stack=code.stack,
+        spills=code.count("LDL", "STL"),
+        shared=built.shared,
+        matrix=code.count(MATRIX.get(built.kernel, {}).get(row.arch, "HMMA")),
+        asynchronous=code.count(*ASYNCHRONOUS),
+        wide_loads=code.count("LDG", "LDGSTS", wide=True) + code.count(*ASYNCHRONOUS[1:]),
+        memory=" ".join(PLAIN.sub(r"\1", name) for name in code.operations if name.split(".")[0] in MEMORY),
     )
-    driver.set_active(target)
-    JITFunction.run = compile_only
-    try:
-        yield compiled
-    finally:
-        JITFunction.run = run
-
-
-@functools.cache
-def _read_cubin(cubin: bytes, matrix: str) -> dict[str, int | str]:
-    """Resources and counts of instructions, by the disassembler that comes with triton."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", said))
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", said, re.MULTILINE)
-
-    def count(*names: str, wide: bool = False) -> int:
-        return sum(name.split(".")[0] in names and (not wide or "128" in name) for name in operations)
-
-    return {
-        "registers": int(numbers["REG"]),
-        "stack": int(numbers["STACK"]),
-        "spills": count("LDL", "STL"),
-        "matrix": count(matrix),
-        "asynchronous": count(*ASYNCHRONOUS),
-        "wide_loads": count("LDG", "LDGSTS", wide=True) + count(*ASYNCHRONOUS[1:]),
-        "memory": " ".join(PLAIN.sub(r"\1", name) for name in operations if name.split(".")[0] in MEMORY),
-    }
 
 
 def problems(compiled: list[Compiled]) -> list[str]:

@@ -1,11 +1,12 @@
 """LoRA adapters of many requests in one batch: every row by the slot of its own adapter, read on the device.
 
-    shrunk[i, j] = scale[s] * sum_k norm(x)[i, k] a[s, j, k]                    s = slots[i]; 0 where s is -1
+    shrunk[i, j] = scale[i] * sum_k norm(x)[i, k] a[s, j, k]                    s = slots[i]; 0 where s is -1
     y[i, o]     += sum_r shrunk[i, part(o) R + r] b[s, o, r]                    nothing where s is -1
 
 x [n, in], y [n, out]; a [slots, parts * R, in] and b [slots, out, R] in their type, strided by slots and rows; shrunk
-[n, parts * R] fp32. Up to three projections that share an input (q, k, v; gate, up) are parts of one launch. Grids
-depend on shapes alone, so one CUDA graph serves every mix of adapters; of a slot that no row names nothing is read.
+[n, parts * R] and scale [n] fp32: one slot serves every scale. Up to three projections that share an input (q, k, v;
+gate, up) are parts of one launch. Grids depend on shapes alone, so one CUDA graph serves every mix of adapters; of a
+slot that no row names nothing is read.
 
 Up to `FEW` rows, and everywhere on sm_75: sums. To shrink, a program takes one output of one row, all of a's row in
 flight at once: for rank 16 on q, k, v 48 programs of 8 KB each, the longest 28 KB, so one wave and no split of the sum.
@@ -83,7 +84,7 @@ def lora_shrink_kernel(
     if slot < 0:
         tl.store(out, 0.0)
         return
-    factor = tl.load(scale + slot)
+    factor = tl.load(scale + row)
     a += slot * stride_slot + output * stride_output
     total = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -164,7 +165,7 @@ def lora_shrink_rows_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for split in tl.range(0, tl.num_programs(2), loop_unroll_factor=8):
             total += tl.load(partial + split * parts + place, mask=(slot >= 0)[:, None] & there, other=0.0)
-        factor = tl.load(scale + slot, mask=slot >= 0, other=0.0)
+        factor = tl.load(scale + row, mask=slot >= 0, other=0.0)
         tl.store(out + place, total * factor[:, None], mask=(row < rows)[:, None] & there)
 
 
@@ -279,31 +280,37 @@ def lora_expand_rows_kernel(
         current = _following(slot, current)
 
 
-def lora_shrink(x: Tensor, lora: Lora, slots: Tensor, *, norm: Norm | None = None, config: Config) -> Tensor:
-    """x [n, in], slots [n] int32 -> [n, parts * R] fp32, of RMSNorm(x) with a `norm`."""
+def lora_shrink(
+    x: Tensor, lora: Lora, slots: Tensor, scale: Tensor, *, norm: Norm | None = None, config: Config
+) -> Tensor:
+    """x [n, in], slots [n] int32, scale [n] fp32 -> [n, parts * R] fp32, of RMSNorm(x) with a `norm`."""
     n, inputs = x.shape
     assert x.dtype == lora.a.dtype
     assert inputs == lora.a.shape[2]
-    assert slots.shape == (n,)
+    assert slots.shape == scale.shape == (n,)
+    assert scale.dtype == torch.float32
     assert x.stride(-1) == lora.a.stride(-1) == 1
     assert slots.is_contiguous()
-    assert lora.scale.is_contiguous()
+    assert scale.is_contiguous()
     assert norm is None or (norm.weight.shape == (inputs,) and norm.weight.is_contiguous())
     out = torch.empty((n, lora.a.shape[1]), dtype=torch.float32, device=x.device)
     if n == 0:
         return out
     if n <= FEW or not config.block_m:
-        _shrink_few(x, lora, slots, norm, out, config)
+        _shrink_few(x, lora, slots, scale, norm, out, config)
     else:
-        _shrink_many(x if norm is None else rms_norm(x, norm.weight, norm.eps, config=NORMED), lora, slots, out, config)
+        x = x if norm is None else rms_norm(x, norm.weight, norm.eps, config=NORMED)
+        _shrink_many(x, lora, slots, scale, out, config)
     return out
 
 
-def _shrink_few(x: Tensor, lora: Lora, slots: Tensor, norm: Norm | None, out: Tensor, config: Config) -> None:
+def _shrink_few(
+    x: Tensor, lora: Lora, slots: Tensor, scale: Tensor, norm: Norm | None, out: Tensor, config: Config
+) -> None:
     lora_shrink_kernel[out.shape](
         x,
         lora.a,
-        lora.scale,
+        scale,
         slots,
         norm.weight if norm is not None else None,
         out,
@@ -318,7 +325,7 @@ def _shrink_few(x: Tensor, lora: Lora, slots: Tensor, norm: Norm | None, out: Te
     )
 
 
-def _shrink_many(x: Tensor, lora: Lora, slots: Tensor, out: Tensor, config: Config) -> None:
+def _shrink_many(x: Tensor, lora: Lora, slots: Tensor, scale: Tensor, out: Tensor, config: Config) -> None:
     """No wider tiles than the outputs; a warp for 16 rows by 8 outputs, but 4 at least for the copies."""
     assert SPLIT % config.block_k == 0
     (n, inputs), outputs = x.shape, out.shape[1]
@@ -327,7 +334,7 @@ def _shrink_many(x: Tensor, lora: Lora, slots: Tensor, out: Tensor, config: Conf
     lora_shrink_rows_kernel[(*tiles, splits)](
         x,
         lora.a,
-        lora.scale,
+        scale,
         slots,
         torch.empty((splits, n, outputs), dtype=torch.float32, device=x.device),
         torch.zeros(tiles, dtype=torch.int32, device=x.device),

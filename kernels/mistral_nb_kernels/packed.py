@@ -9,6 +9,7 @@ contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -123,16 +124,18 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The adapters of all slots on one group of projections that share an input: an update of scale * b a each.
+    """The adapters of all slots on one group of projections that share an input: an update of b a each.
 
-    a [slots, parts * R, in] and b [slots, out, R] in the activations' type, scale [slots] fp32; `ends` are the parts'
-    cumulative outputs, such as (4096, 5120, 6144). R is one rank for all slots: smaller ones are padded with zeros.
+    a [slots, parts * R, in] and b [slots, out, R] in the activations' type; `ends` are the parts' cumulative outputs,
+    such as (4096, 5120, 6144). R is one rank for all slots: smaller ones are padded with zeros.
+    `ranks`, where the host knows them, are the slots' own, r: a slot begins with a [parts * r, in] and b^T [r, out]
+    then, unpadded, and what is behind them is nobody's. So torch reads each where it lies.
     """
 
     a: Tensor
     b: Tensor
-    scale: Tensor
     ends: tuple[int, ...]
+    ranks: Sequence[int] | None = None
 
     @property
     def rank(self) -> int:

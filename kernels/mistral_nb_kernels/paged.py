@@ -65,12 +65,17 @@ class PagedKV:
         """Tokens in a page."""
         return self.k.shape[2]
 
+    def place(self, sequence: int, position: int) -> tuple[int, int]:
+        """The page of a sequence's token, and its place in it."""
+        index, offset = divmod(position, self.page)
+        return self.table.tolist()[sequence][index], offset
+
     def of(self, sequence: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` tokens of a sequence, k and v [n_kv_heads, length, d]; a view of a lone page."""
-        pages = self.table[sequence, : -(-length // self.page)].long()
-        if len(pages) == 1:
-            page = int(pages)
+        if length <= self.page:
+            page, _ = self.place(sequence, 0)
             return self.k[page, :, :length], self.v[page, :, :length]
+        pages = self.table[sequence, : -(-length // self.page)].long()
         k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.k, self.v))
         return k, v
 
@@ -92,10 +97,32 @@ class Rows:
 
     @classmethod
     def of(cls, counts: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu") -> Rows:
-        """From each sequence's number of rows and its length with them."""
-        n, t = torch.tensor(counts), torch.tensor(lengths)
-        starts = torch.cat((torch.zeros(1, dtype=n.dtype), n.cumsum(0)))
-        sequences = torch.arange(len(n)).repeat_interleave(n)
-        positions = torch.arange(int(starts[-1])) + (t - n - starts[:-1])[sequences]
-        starts, t, sequences, positions = (x.to(device, torch.int32) for x in (starts, t, sequences, positions))
+        """From each sequence's number of rows and its length with them. To a GPU in one copy that nobody waits for."""
+        n, t = torch.tensor((counts, lengths), dtype=torch.int32)
+        ends = n.cumsum(0, dtype=torch.int32)
+        sequences = torch.arange(len(n), dtype=torch.int32).repeat_interleave(n)
+        positions = torch.arange(len(sequences), dtype=torch.int32) + (t - ends).index_select(0, sequences)
+        starts = torch.cat((ends - n, ends[-1:]))
+        kind = torch.device(device).type
+        if kind != "cpu":
+            starts, t, sequences, positions = _sent((starts, t, sequences, positions), device, kind == "cuda")
         return cls(starts, t, sequences, positions, max(counts))
+
+    @classmethod
+    def newest(cls, lengths: Tensor, starts: Tensor | None = None) -> Rows:
+        """One row of each sequence, its newest token. `starts` are 0 .. batch, where somebody has made them already."""
+        if starts is None:
+            starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        return cls(starts, lengths, starts[:-1], lengths - 1, longest=1)
+
+
+def _sent(parts: Sequence[Tensor], device: torch.device | str, pinned: bool) -> tuple[Tensor, ...]:
+    """int32 tensors on `device`, in one copy. Each begins at a multiple of 16 bytes: kernels are compiled for that, and
+    anew for one that does not.
+    """
+    sizes = [-(-len(part) // 4) * 4 for part in parts]
+    packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=pinned)
+    for place, part in zip(torch.split(packed, sizes), parts, strict=True):
+        place[: len(part)] = part
+    there = torch.split(packed.to(device, non_blocking=True), sizes)
+    return tuple(place[: len(part)] for place, part in zip(there, parts, strict=True))

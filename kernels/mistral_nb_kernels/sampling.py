@@ -240,6 +240,13 @@ def sample_kernel(
         tl.atomic_add(counts + token, 1, mask=place >= 0)
 
 
+def _aligned(values: Tensor) -> Tensor:
+    """The same; a copy where they begin anywhere, as those of one place do: the kernel is compiled for multiples of 16
+    bytes, and would be anew.
+    """
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
 def sample(logits: Tensor, parameters: Parameters, penalties: Penalties | None = None, *, config: Config) -> Tensor:
     """logits [n, vocab] -> int32 [n], -1 where a row's largest score is not finite; the tokens are counted."""
     n, vocab = logits.shape
@@ -262,17 +269,17 @@ def sample(logits: Tensor, parameters: Parameters, penalties: Penalties | None =
         logits,
         tokens,
         scratch,
-        parameters.temperature,
-        parameters.top_p,
-        parameters.repetition_penalty,
-        parameters.frequency_penalty,
-        parameters.presence_penalty,
-        parameters.top_k,
-        parameters.seed,
-        parameters.position,
+        _aligned(parameters.temperature),
+        _aligned(parameters.top_p),
+        _aligned(parameters.repetition_penalty),
+        _aligned(parameters.frequency_penalty),
+        _aligned(parameters.presence_penalty),
+        _aligned(parameters.top_k),
+        _aligned(parameters.seed),
+        _aligned(parameters.position),
         penalties.counts if penalties is not None else None,
         penalties.prompt if penalties is not None else None,
-        penalties.row if penalties is not None else None,
+        _aligned(penalties.row) if penalties is not None else None,
         vocab,
         logits.stride(0),
         width,

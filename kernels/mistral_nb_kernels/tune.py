@@ -60,7 +60,7 @@ def _mean(tunable: Tunable, width: int, arch: int, config: Config, shapes: list[
         if wrong:
             print(f"{name}: WRONG, {wrong}", flush=True)
             return math.inf
-        times.append(time_calls([case.call(kernel) for case in cases], 10).ms)
+        times.append(time_calls([case.call(kernel) for case in cases], repeats=10).ms)
     print(f"{name}: " + " ".join(f"{ms * 1e3:.1f}" for ms in times) + " us", flush=True)
     return math.exp(sum(map(math.log, times)) / len(times))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mistral_nb_kernels.bench import exactness
 from mistral_nb_kernels.paged import PagedKV
 
 MakeKV = Callable[..., PagedKV]
@@ -93,7 +94,5 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[PagedKV], PagedKV]:
 
 @pytest.fixture
 def exact() -> Exact:
-    """The rule of `bench.exactness`, whose package needs triton, as every test of this rule does."""
-    from mistral_nb_kernels.bench.exactness import exact
-
-    return exact
+    """The rule of `bench.exactness`."""
+    return exactness.exact

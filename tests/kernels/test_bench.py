@@ -24,9 +24,11 @@ from mistral_nb_kernels import configs, reference, tune
 from mistral_nb_kernels.bench import TUNABLES, attention_cases, timing
 from mistral_nb_kernels.bench.attention_cases import decode_case, prefill_case, rope_case
 from mistral_nb_kernels.bench.case import Case, Tunable
+from mistral_nb_kernels.bench.linear_cases import norm_case, rms_case
 from mistral_nb_kernels.bench.results import Results
 from mistral_nb_kernels.bench.timing import Timing
 from mistral_nb_kernels.configs import Config
+from mistral_nb_kernels.data_sheets import data_sheet
 from mistral_nb_kernels.paged import PAGE, PagedKV
 from tests.gpu import test_attention as gpu
 from tests.kernels.untimed import FACTS, untimed
@@ -74,16 +76,71 @@ def test_calls_are_captured_as_often_as_it_takes(monkeypatch: pytest.MonkeyPatch
 
     fakes = {"CUDAGraph": Graph, "Event": Event, "graph": captured, "synchronize": lambda: None}
     fakes |= {"get_device_name": lambda: "NVIDIA H100 80GB HBM3", "get_device_capability": lambda: (9, 0)}
+    fakes |= {"get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": lambda mode: None}
     fakes["get_device_properties"] = lambda index: SimpleNamespace(L2_cache_size=100)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     took = TIMING["time_calls"]([lambda: ran.append("a"), lambda: ran.append("b")], repeats=5)
-    assert took == Timing(pytest.approx(1 / 3), pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert ran == ["a", "b"] * (1 + 3 + 3 * (2 + 5))
+    assert took == Timing(*[pytest.approx(1000 / 3)] * 3, 5, "graph")
+    assert ran == ["a", "b", "a", *["a", "b"] * (3 + 3 * (2 + 5))]
+    ran.clear()
+
+    def uncapturable(graph: Graph) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", uncapturable)
+    took = TIMING["time_calls"]([lambda: ran.append("a")])
+    assert took == Timing(*[pytest.approx(1000 / 3)] * 3, took.runs, "events")
+    modes = [0]
+
+    def waiting() -> None:
+        ran.append("a")
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    took = TIMING["time_calls"]([waiting])
+    assert (took.timer, modes) == ("events", [0, "error", 0])
+    assert took.runs >= timing.RUNS
+    assert timing.replayed(waiting) is None
+    monkeypatch.setattr(torch.cuda, "graph", uncapturable)
+    assert timing.replayed(lambda: 1) is None
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    replay = timing.replayed(lambda: ran.append("b") or "its result")
+    assert replay is not None
+    ran.clear()
+    assert [replay(), replay()] == ["its result"] * 2
+    assert ran == ["b", "b"]
     assert len(TIMING["rotated"](lambda: Case("op", (), max, 1, 90))) == 6
     assert len(TIMING["rotated"](lambda: Case("op", (), max, 1, 9000))) == 2
     facts = TIMING["device_facts"]()
     assert (facts["capability"], facts["spec_gbs"], facts["spec_tflops"]) == ("9.0", 3350, 989)
+
+
+@pytest.mark.parametrize(
+    ("device", "gbs"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3350),
+        ("NVIDIA H100 PCIe", 2039),
+        ("NVIDIA H200", 4800),
+        ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA A100-SXM4-40GB", 1555),
+        ("NVIDIA L40S", 864),
+        ("NVIDIA L4", 300),
+        ("Tesla T4", 320),
+        ("NVIDIA GeForce RTX 4090", 1008),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40", None),
+        ("T400 4GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("", None),
+    ],
+)
+def test_a_data_sheet_is_of_the_whole_name(device: str, gbs: int | None) -> None:
+    sheet = data_sheet(device)
+    assert (sheet and sheet.gbs) == gbs
 
 
 def test_a_copy_moves_the_bytes_of_its_case() -> None:
@@ -143,11 +200,35 @@ def test_a_wrong_result_and_a_forgotten_write_are_seen() -> None:
     assert "rope_decode_attention: tensor 6 is off" in case.wrong(renumbered)
 
 
+def test_a_result_of_another_kind_is_wrong() -> None:
+    """Where values alone would do: another type or shape, a list, a tensor more or less, one that is made later."""
+
+    class Lazy(torch.Tensor):
+        pass
+
+    case = norm_case(3, **SMALL)
+    right = reference.add_rms_norm
+    assert case.wrong(right) == ""
+    for other, words in (
+        (lambda *inputs: tuple(x.float() for x in right(*inputs)), "tensor 0 has the dtype float32, not float16"),
+        (lambda *inputs: tuple(x[None] for x in right(*inputs)), "tensor 0 has the shape [1, 3, 4096], not [3, 4096]"),
+        (lambda *inputs: list(right(*inputs)), "the result is a list, not a tuple"),
+        (lambda *inputs: right(*inputs)[0], "the result is a Tensor, not a tuple"),
+        (lambda *inputs: (*right(*inputs), inputs[0]), "3 tensors came out, not 2"),
+        (lambda *inputs: None, "the result is a NoneType, not a tuple"),
+        (lambda *inputs: tuple(map(Lazy, right(*inputs))), "a result is a Lazy, not a plain tensor"),
+    ):
+        assert case.wrong(other) == f"add_rms_norm: {words}"
+    alone = rms_case(3, **SMALL)
+    assert "the result is a tuple, not a Tensor" in alone.wrong(lambda *inputs: (reference.rms_norm(*inputs),))
+    assert "the result is a NoneType, not a Tensor" in alone.wrong(lambda *inputs: None)
+
+
 def test_every_op_of_a_head_dimension_is_tuned_by_what_can_run() -> None:
-    assert {(t.op, width, t.bits) for t in attention_cases.TUNABLES for width in t.widths} == {
+    assert {(t.op, width, t.bits) for t in TUNABLES for width in t.widths if width} == {
         (row.op, row.width, row.bits) for row in configs.read() if row.bits == 16 and row.width
     }
-    for tunable in attention_cases.TUNABLES:
+    for tunable in TUNABLES[:3]:
         every = [variant for config in tunable.first for variant in tunable.variants(config)]
         assert len(every) == len(set(every)) > len(tunable.shapes)
         for config in every:
@@ -194,7 +275,7 @@ def test_the_tuner_takes_the_best_that_is_right(
 
     took = iter((5.0, 3.0, 4.0, 4.0, 2.0, 2.0))
     times = tune.time_calls
-    monkeypatch.setattr(tune, "time_calls", lambda *a: replace(times(*a), ms=next(took, 1.0)))
+    monkeypatch.setattr(tune, "time_calls", lambda calls, repeats: replace(times(calls), us=1e3 * next(took, 1.0)))
     monkeypatch.setattr(tune, "TUNABLES", (replace(candidates[0], kernel=lazy), *candidates[1:]))
     monkeypatch.setattr(sys, "argv", ["tune", "--table", str(table)])
     monkeypatch.setattr(tune, "tune", functools.partial(tune.tune, device=CPU))
@@ -227,7 +308,12 @@ def test_a_tuner_without_a_right_candidate_says_so(tmp_path: Path, monkeypatch: 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results("attention", ("decode", "rope"), FACTS)
     row = results.record(
-        "decode", Timing(0.5, 0.4, 0.6), Case("decode", (), max, 10**9, 10**7), "read_gbs", t=8, head_dim=64
+        "decode",
+        Timing(500, 400, 600, 20, "graph"),
+        Case("decode", (), max, 10**9, 10**7),
+        "read_gbs",
+        t=8,
+        head_dim=64,
     )
     assert row == {
         **{"op": "decode", "t": 8, "head_dim": 64, "us": 500, "p20": 400, "p80": 600, "tflops": 2.0, "gbs": 20},
@@ -295,7 +381,7 @@ def test_the_gpu_speed_tests_themselves_are_in_order(
         *("window contiguous", "window paged", "window sdpa flash", "window sdpa cudnn", "decode", "decode sdpa flash"),
     }
     took = iter((1.0, 0.8))
-    monkeypatch.setattr(timing, "time_calls", lambda calls: Timing(next(took), 0.0, 2.0))
+    monkeypatch.setattr(timing, "time_calls", lambda calls: Timing(1e3 * next(took), 0.0, 2e3, 20, "graph"))
     with pytest.raises(AssertionError, match=r"70: 0\.8"):
         on_the_cpu.test_rope_speed(on_the_cpu.no_results(), capsys)
     assert on_the_cpu.slower_than_flash([3.0, 5.0], {"contiguous": 4.0, "paged": 4.0}) != ""

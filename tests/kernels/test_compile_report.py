@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from mistral_nb_kernels import machine_code
 from mistral_nb_kernels.configs import Config, Row
+from mistral_nb_kernels.machine_code import Code, read_code
 
 compile_report = pytest.importorskip("mistral_nb_kernels.compile_report")
 
@@ -53,3 +57,46 @@ def test_the_order_that_the_one_launch_of_decode_needs() -> None:
     late = dataclasses.replace(compiled[1], memory=compiled[1].memory.replace("STG BAR", "STG LDG BAR", 1))
     (problem,) = compile_report.problems([late])
     assert problem.endswith("has no barrier between the newest token's stores and the loads")
+
+
+def read_in_two_ways() -> tuple[list[Code], list[Code], list[str], str]:
+    """All of an architecture at once, and each alone; listings; what a disassembler that leaves lines out ends with."""
+    cubins = []
+    for op, config in (("swiglu", Config(4, block_n=1024)), ("rms_norm", Config(32))):
+        cubins += [each.cubin for each in compile_report._compile_row(Row(op, 90, 0, 16, config))]
+    together = read_code(90, [*cubins, cubins[0]])
+    alone = [code for cubin in (*cubins, cubins[0]) for code in read_code(90, [cubin])]
+    listings = [machine_code.listing(cubin) for cubin in (*cubins, cubins[0])]
+    run = machine_code._run
+    machine_code._run = lambda *command, image: run(*command, image=image).replace("EXIT", "")
+    try:
+        read_code(90, cubins)
+    except ValueError as error:
+        return together, alone, listings, str(error)
+    return together, alone, listings, ""
+
+
+@pytest.mark.usefixtures("compiling")
+def test_kernels_are_read_together_as_they_are_alone() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        together, alone, listings, refusal = pool.submit(read_in_two_ways).result()
+    assert together == alone
+    assert len({len(code.operations) for code in together}) == len(together) - 1 == 3
+    for code, text in zip(together, listings, strict=True):
+        assert code.count("EXIT") == len(re.findall(r"\bEXIT\b", text)) >= 1
+        assert code.count("LDG", "LDGSTS", wide=True) == len(re.findall(r"\bLDG(?:STS)?\.[\w.]*128", text)) >= 1
+        assert code.registers > 15
+    assert re.fullmatch(r"nvdisasm lists \d+ instructions for SM90a where there are \d+", refusal)
+
+
+def test_afterwards_the_driver_is_the_one_of_before() -> None:
+    """A process that compiled can launch."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    active, run = driver._active, JITFunction.run
+    with machine_code.compiling(90):
+        assert driver.active.get_current_target().arch == 90
+        assert JITFunction.run is not run
+    assert driver._active is active
+    assert JITFunction.run is run

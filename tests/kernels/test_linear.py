@@ -111,7 +111,7 @@ def adapters(n: int, ends: tuple[int, ...], rank: int, dtype: torch.dtype) -> Lo
     slots = torch.tensor([(-1, 2, 0)[i % 3] for i in range(n)], dtype=torch.int32)
     shrunk = padded(torch.randn(n, len(ends) * rank))
     shrunk[slots < 0] = torch.nan
-    return LoraRows(Lora(torch.zeros(3, len(ends) * rank, 1, dtype=dtype), b, torch.ones(3), ends), slots, shrunk)
+    return LoraRows(Lora(torch.zeros(3, len(ends) * rank, 1, dtype=dtype), b, ends), slots, shrunk)
 
 
 def full(kind: str | int, n: int, hidden: int, inputs: int, dtype: torch.dtype, gated: bool) -> Layer:
@@ -189,10 +189,10 @@ def test_rows_that_the_kernel_takes_get_the_same_as_alone(
 
 def compiled() -> str:
     """PTX of int8 with a residual; not under the interpreter, which rounds every product."""
-    compile_report = importlib.import_module("mistral_nb_kernels.compile_report")
+    machine_code = importlib.import_module("mistral_nb_kernels.machine_code")
     weight = Int8(torch.zeros(64, 512, dtype=torch.int8), torch.zeros(64))
     x, residual = torch.zeros(8, 512).bfloat16(), torch.zeros(8, 64).bfloat16()
-    with compile_report._compiling(90) as code:
+    with machine_code.compiling(90) as code:
         kernels.linear(x, weight, residual=residual, config=Config(4, 2, block_n=32, block_k=64))
     text: str = code[0].asm["ptx"]
     return text
@@ -299,7 +299,7 @@ def test_rows_past_two_to_the_31_elements(exact: Exact, gated: bool, dot: bool) 
 
     outputs = 4 if gated else 3
     b = distant(outputs, 2, 2048)[None].expand(2, -1, -1)
-    lora = Lora(torch.zeros(2, 4, 1), b, torch.ones(2), (2, outputs))
+    lora = Lora(torch.zeros(2, 4, 1), b, (2, outputs))
     layer = Layer(
         distant(3, 64, 0),
         Dense(distant(outputs, 64, 512)),

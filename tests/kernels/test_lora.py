@@ -1,9 +1,9 @@
-"""LoRA adapters of a batch, under Triton's interpreter, and the reference itself."""
+"""LoRA adapters of a batch, under Triton's interpreter."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from mistral_nb_kernels import reference
 from mistral_nb_kernels.configs import Config, read
 from mistral_nb_kernels.packed import Lora, Norm
+from tests.kernels.lora_adapters import adapters, scales
 
 kernels = pytest.importorskip("mistral_nb_kernels.lora")
 
@@ -35,21 +36,8 @@ def slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Te
     return torch.tensor(SLOTS if request.param == "few" else MANY, dtype=torch.int32)
 
 
-def adapters(inputs: int, ends: Sequence[int], ranks: Sequence[int], dtype: torch.dtype = torch.float32) -> Lora:
-    """Slots of those ranks, padded to the largest; one of rank 0 is all NaN."""
-    rank, parts = max(ranks), len(ends)
-    a = torch.randn(len(ranks), parts, rank, inputs) * inputs**-0.5
-    b = torch.randn(len(ranks), ends[-1], rank)
-    for slot, own in enumerate(ranks):
-        a[slot, :, own:], b[slot, :, own:] = 0, 0
-        if own == 0:
-            a[slot], b[slot] = torch.nan, torch.nan
-    scale = torch.tensor([0.5 + slot for slot in range(len(ranks))])
-    return Lora(a.flatten(1, 2).to(dtype), b.to(dtype), scale, tuple(ends))
-
-
 def double(lora: Lora) -> Lora:
-    return dataclasses.replace(lora, a=lora.a.double(), b=lora.b.double(), scale=lora.scale.double())
+    return dataclasses.replace(lora, a=lora.a.double(), b=lora.b.double())
 
 
 def rows_of(n: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -78,12 +66,13 @@ def test_shrink_equals_the_reference(
 ) -> None:
     lora = adapters(inputs, [10 * (part + 1) for part in range(parts)], ranks, dtype)
     x, norm = rows_of(len(slots), inputs, dtype), Norm(torch.rand(inputs).to(dtype), 1e-5) if normed else None
-    got = kernels.lora_shrink(x, lora, slots, norm=norm, config=CONFIG)
+    scale = scales(slots)
+    got = kernels.lora_shrink(x, lora, slots, scale, norm=norm, config=CONFIG)
     wide = Norm(norm.weight.double(), norm.eps) if norm is not None else None
     exact(
         got,
-        reference.lora_shrink(x, lora, slots, norm=norm),
-        reference.lora_shrink(x.double(), double(lora), slots, norm=wide),
+        reference.lora_shrink(x, lora, slots, scale, norm=norm),
+        reference.lora_shrink(x.double(), double(lora), slots, scale, norm=wide),
     )
     assert not got[slots < 0].any()
 
@@ -122,10 +111,10 @@ def test_ranks_1_7_16_64_and_none_in_a_batch_equal_merged_weights(
     slots = torch.where(slots == 0, 4, slots)[:17]
     slots[0] = 0
     assert slots.unique().tolist() == [-1, 0, 1, 3, 4]
-    x = torch.randn(len(slots), inputs).to(dtype)
-    y = reference.lora_expand(reference.lora_shrink(x, lora, slots), lora, slots, x @ base.t())
+    x, scale = torch.randn(len(slots), inputs).to(dtype), scales(slots)
+    y = reference.lora_expand(reference.lora_shrink(x, lora, slots, scale), lora, slots, x @ base.t())
     got = kernels.lora_expand(
-        kernels.lora_shrink(x, lora, slots, config=CONFIG), lora, slots, x @ base.t(), config=CONFIG
+        kernels.lora_shrink(x, lora, slots, scale, config=CONFIG), lora, slots, x @ base.t(), config=CONFIG
     )
     truth = torch.empty(len(x), ends[-1], dtype=torch.float64)
     for row, slot in enumerate(slots.tolist()):
@@ -133,7 +122,7 @@ def test_ranks_1_7_16_64_and_none_in_a_batch_equal_merged_weights(
         if slot >= 0:
             a = lora.a[slot].double().unflatten(0, (2, -1))
             b = lora.b[slot].double().split((20, 13))
-            weight = weight + float(lora.scale[slot]) * torch.cat([b[part] @ a[part] for part in range(2)])
+            weight = weight + float(scale[row]) * torch.cat([b[part] @ a[part] for part in range(2)])
         truth[row] = weight @ x[row].double()
     exact(got, y, truth)
 
@@ -156,9 +145,9 @@ def test_shrunk_values_beyond_fp16(exact: Exact, slots: Tensor) -> None:
 
 def test_a_scale_of_zero_is_the_base_to_the_bit(slots: Tensor) -> None:
     lora = adapters(33, (20, 40), (5, 5, 0, 5), torch.float16)
-    lora.scale.zero_()
+    scale = torch.zeros(len(slots))
     x, y = torch.randn(len(slots), 33).half(), torch.randn(len(slots), 40).half()
-    shrunk = kernels.lora_shrink(x, lora, slots, config=CONFIG)
+    shrunk = kernels.lora_shrink(x, lora, slots, scale, config=CONFIG)
     assert torch.equal(kernels.lora_expand(shrunk, lora, slots, y.clone(), config=CONFIG), y)
 
 
@@ -167,11 +156,11 @@ def test_a_row_depends_on_no_other(slots: Tensor) -> None:
     product, which stands for the matrix unit here, adds in an order of its own.
     """
     lora = adapters(50, (20, 33), (4, 7, 0, 2), torch.float16)
-    lora = dataclasses.replace(lora, a=(lora.a * 8).round_(), b=(lora.b * 2).round_(), scale=torch.ones(4))
+    lora = dataclasses.replace(lora, a=(lora.a * 8).round_(), b=(lora.b * 2).round_())
     x, y = torch.randint(-2, 3, (len(slots), 50)).half(), torch.randint(-9, 9, (len(slots), 33)).half()
 
     def update(which: Tensor) -> Tensor:
-        shrunk = kernels.lora_shrink(x[which], lora, slots[which], config=CONFIG)
+        shrunk = kernels.lora_shrink(x[which], lora, slots[which], torch.ones(len(which)), config=CONFIG)
         return kernels.lora_expand(shrunk, lora, slots[which], y[which], config=CONFIG)
 
     together = update(torch.arange(len(slots)))
@@ -187,12 +176,13 @@ def test_a_row_depends_on_no_other(slots: Tensor) -> None:
 def test_few_rows_sum_in_one_order(exact: Exact) -> None:
     """Bit by bit, of any numbers."""
     lora, slots = adapters(1100, (40,), (3, 7, 0, 1)), torch.tensor(SLOTS, dtype=torch.int32)
+    scale = scales(slots)
     x, norm = torch.randn(len(slots), 1100), Norm(torch.rand(1100), 1e-5)
-    together = kernels.lora_shrink(x, lora, slots, norm=norm, config=CONFIG)
+    together = kernels.lora_shrink(x, lora, slots, scale, norm=norm, config=CONFIG)
     updated = kernels.lora_expand(together, lora, slots, torch.ones(len(slots), 40), config=CONFIG)
     for row in range(len(slots)):
         one = slice(row, row + 1)
-        alone = kernels.lora_shrink(x[one], lora, slots[one], norm=norm, config=CONFIG)
+        alone = kernels.lora_shrink(x[one], lora, slots[one], scale[one], norm=norm, config=CONFIG)
         assert torch.equal(alone, together[one])
         got = kernels.lora_expand(alone, lora, slots[one], torch.ones(1, 40), config=CONFIG)
         assert torch.equal(got, updated[one])
@@ -219,11 +209,11 @@ def test_grids_depend_on_shapes_alone_and_the_host_reads_nothing(n: int, monkeyp
         monkeypatch.setattr(kernels, name, Launches(name))
     seen = []
     for slot in (-1, 0, 1):
-        slots, x = torch.full((n,), slot, dtype=torch.int32), torch.zeros(n, 32)
+        slots, x, scale = torch.full((n,), slot, dtype=torch.int32), torch.zeros(n, 32), torch.ones(n)
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__"):
                 patch.setattr(Tensor, name, forbidden)
-            shrunk = kernels.lora_shrink(x, lora, slots, config=CONFIG)
+            shrunk = kernels.lora_shrink(x, lora, slots, scale, config=CONFIG)
             kernels.lora_expand(shrunk, lora, slots, torch.zeros(n, 50), config=CONFIG)
         seen.append(list(grids))
         grids.clear()
@@ -238,9 +228,9 @@ def test_no_matrix_unit_without_tiles_of_rows(exact: Exact, monkeypatch: pytest.
     monkeypatch.setattr(kernels, "FEW", 2)
     slots = torch.tensor(SLOTS, dtype=torch.int32)
     lora, x = adapters(20, (9,), (1, 2, 0, 1)), torch.randn(len(slots), 20)
-    config = Config(warps=1, block_n=16)
-    few = [kernels.lora_shrink(x[i : i + 1], lora, slots[i : i + 1], config=config) for i in range(len(slots))]
-    shrunk = kernels.lora_shrink(x, lora, slots, config=config)
+    config, scale, rows = Config(warps=1, block_n=16), scales(slots), [slice(i, i + 1) for i in range(len(slots))]
+    few = [kernels.lora_shrink(x[row], lora, slots[row], scale[row], config=config) for row in rows]
+    shrunk = kernels.lora_shrink(x, lora, slots, scale, config=config)
     assert torch.equal(shrunk, torch.cat(few))
     y = kernels.lora_expand(shrunk, lora, slots, torch.zeros(len(slots), 9), config=config)
     exact(
@@ -262,13 +252,14 @@ def test_a_program_of_many_rows_takes_few_inputs_and_no_more_outputs_than_there_
             return lambda *args, **options: launched.append((grid, options["BLOCK_N"]))
 
     monkeypatch.setattr(kernels, "lora_shrink_rows_kernel", Launches())
-    lora = Lora(torch.zeros(1, 16 * parts, inputs), torch.zeros(1, 8, 16), torch.ones(1), (8,))
+    lora = Lora(torch.zeros(1, 16 * parts, inputs), torch.zeros(1, 8, 16), (8,))
     config = Config(warps=8, block_m=16, block_n=64, block_k=64)
-    kernels.lora_shrink(torch.zeros(65, inputs), lora, torch.zeros(65, dtype=torch.int32), config=config)
+    x, slots, scale = torch.zeros(65, inputs), torch.zeros(65, dtype=torch.int32), torch.ones(65)
+    kernels.lora_shrink(x, lora, slots, scale, config=config)
     assert launched == [(grid, min(64, 16 * parts))]
     whole = dataclasses.replace(config, block_k=1024)
     with pytest.raises(AssertionError):  # of a wider step the next program's inputs would be a part
-        kernels.lora_shrink(torch.zeros(65, inputs), lora, torch.zeros(65, dtype=torch.int32), config=whole)
+        kernels.lora_shrink(x, lora, slots, scale, config=whole)
 
 
 def test_a_number_of_rows_is_no_reason_to_compile_again() -> None:
@@ -282,14 +273,17 @@ def test_the_norm_before_the_matrix_unit_is_the_table_s() -> None:
 
 def test_what_a_kernel_would_read_wrongly_is_refused() -> None:
     lora, slots, x = adapters(20, (9,), (2, 2)), torch.zeros(3, dtype=torch.int32), torch.zeros(3, 20)
-    norm, shrunk, y = torch.ones(20, 2), torch.zeros(3, 2), torch.zeros(3, 9)
+    norm, shrunk, y, scale = torch.ones(20, 2), torch.zeros(3, 2), torch.zeros(3, 9), torch.ones(3)
     strided = torch.zeros(3, 2, dtype=torch.int32)[:, 0]
     for wrong in (
-        lambda: kernels.lora_shrink(x, lora, slots, norm=Norm(norm[:, 0], 1e-5), config=CONFIG),
-        lambda: kernels.lora_shrink(x, lora, slots, norm=Norm(norm[:10, 0].clone(), 1e-5), config=CONFIG),
-        lambda: kernels.lora_shrink(x[:, :19], lora, slots, config=CONFIG),
-        lambda: kernels.lora_shrink(x, lora, slots[:2], config=CONFIG),
-        lambda: kernels.lora_shrink(x, lora, strided, config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, slots, scale, norm=Norm(norm[:, 0], 1e-5), config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, slots, scale, norm=Norm(norm[:10, 0].clone(), 1e-5), config=CONFIG),
+        lambda: kernels.lora_shrink(x[:, :19], lora, slots, scale, config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, slots[:2], scale, config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, strided, scale, config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, slots, scale[:1], config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, slots, scale.half(), config=CONFIG),
+        lambda: kernels.lora_shrink(x, lora, slots, torch.ones(3, 2)[:, 0], config=CONFIG),
         lambda: kernels.lora_expand(shrunk, lora, strided, y, config=CONFIG),
         lambda: kernels.lora_expand(shrunk, lora, slots[:2], y, config=CONFIG),
         lambda: kernels.lora_expand(shrunk[:, :1], lora, slots, y, config=CONFIG),
@@ -302,7 +296,7 @@ def test_what_a_kernel_would_read_wrongly_is_refused() -> None:
 
 def test_no_rows_are_no_launch() -> None:
     lora, slots = adapters(20, (9,), (1, 2)), torch.zeros(0, dtype=torch.int32)
-    shrunk = kernels.lora_shrink(torch.zeros(0, 20), lora, slots, config=CONFIG)
+    shrunk = kernels.lora_shrink(torch.zeros(0, 20), lora, slots, torch.zeros(0), config=CONFIG)
     assert shrunk.shape == (0, 2)
     assert kernels.lora_expand(shrunk, lora, slots, torch.zeros(0, 9), config=CONFIG).shape == (0, 9)
 
@@ -316,40 +310,17 @@ def test_slots_and_rows_past_two_to_the_31_elements(exact: Exact, monkeypatch: p
         return storage.as_strided(shape, (FAR // 2, *inner), at).copy_(torch.randn(shape))
 
     a, b, x, y = far(3, 2, 24, at=0), far(3, 20, 2, at=64), far(3, 24, at=1024), far(3, 20, at=2048)
-    lora, slots = Lora(a, b, torch.ones(3), (20,)), torch.tensor([2, 0, 2], dtype=torch.int32)
+    lora, slots = Lora(a, b, (20,)), torch.tensor([2, 0, 2], dtype=torch.int32)
+    scale = scales(slots)
     before = y.clone()
     for few in (64, 0):
         monkeypatch.setattr(kernels, "FEW", few)
         y.copy_(before)
-        shrunk = kernels.lora_shrink(x, lora, slots, config=CONFIG)
-        truth = reference.lora_shrink(x.double(), double(lora), slots)
-        exact(shrunk, reference.lora_shrink(x, lora, slots), truth)
+        shrunk = kernels.lora_shrink(x, lora, slots, scale, config=CONFIG)
+        truth = reference.lora_shrink(x.double(), double(lora), slots, scale)
+        exact(shrunk, reference.lora_shrink(x, lora, slots, scale), truth)
         exact(
             kernels.lora_expand(shrunk, lora, slots, y, config=CONFIG),
             reference.lora_expand(shrunk, lora, slots, before.clone()),
             reference.lora_expand(shrunk.double(), double(lora), slots, before.double()),
         )
-
-
-def test_the_reference_gives_a_row_the_same_whatever_its_neighbours() -> None:
-    """Bit by bit, at any number of rows and with any number of threads; and it is the formula."""
-    lora, slots = adapters(576, (96, 160), (5, 3)), torch.arange(200, dtype=torch.int32) % 3 - 1
-    x, y, threads = torch.randn(200, 576), torch.randn(200, 160), torch.get_num_threads()
-    together = reference.lora_shrink(x, lora, slots)
-    expanded = reference.lora_expand(together, lora, slots, y.clone())
-    try:
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            for rows in (1, 2, 5, 17, 64):
-                some = slice(3, 3 + rows)
-                shrunk = reference.lora_shrink(x[some], lora, slots[some])
-                assert torch.equal(shrunk, together[some])
-                assert torch.equal(reference.lora_expand(shrunk, lora, slots[some], y[some].clone()), expanded[some])
-    finally:
-        torch.set_num_threads(threads)
-    for row, slot in ((0, -1), (1, 0), (2, 1)):
-        assert int(slots[row]) == slot
-        parts = [x[row].double() @ a.double().t() * (0.5 + slot) for a in lora.a[slot].split(5)]
-        update = torch.cat([b.double() @ part for b, part in zip(lora.b[slot].split((96, 64)), parts, strict=True)])
-        expected = y[row].double() + update if slot >= 0 else y[row].double()
-        torch.testing.assert_close(expanded[row].double(), expected, atol=1e-5, rtol=1e-5)

@@ -8,12 +8,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mistral_nb_kernels
-from mistral_nb_kernels import Dense, Int8, Norm, PagedKV, Parameters, Rows, choose, configs, reference, rule
+from mistral_nb_kernels import Dense, Int8, Norm, PagedKV, Parameters, Rows, choose, configs, paged, reference, rule
 from mistral_nb_kernels.configs import Config, Row, config_for
 from mistral_nb_kernels.packed import quantize_int4
 
@@ -49,6 +50,20 @@ def test_triton_asked_for_by_name_is_never_replaced_but_for_packed_weights_in_32
         rule(75, 128, torch.float16, "triton")
     with pytest.raises(ValueError, match="no NVIDIA GPU"):
         choose(torch.device("cpu"), 64, torch.float32, "triton")
+
+
+def test_a_graph_holds_no_step_in_which_torch_reads_numbers_on_the_host() -> None:
+    """Attention, where a head dimension has no kernel; all ops, where Triton cannot run or has none for a type."""
+    ops = choose(torch.device("cpu"), 64, torch.float32)
+
+    def capturable(*where: Any) -> bool:
+        return dataclasses.replace(ops, choices=tuple(rule(*where, "auto"))).capturable
+
+    assert capturable(90, 128, torch.bfloat16)
+    assert capturable(75, 128, torch.float16)
+    assert not capturable(90, 96, torch.bfloat16)
+    assert not capturable(75, 128, torch.bfloat16)
+    assert not ops.capturable
 
 
 def test_without_a_c_compiler_triton_cannot_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,6 +149,18 @@ def test_the_table_is_complete_and_survives_a_rewrite(tmp_path: Path) -> None:
         assert row.config.split % max(row.config.block_n, 1) == 0
     configs.write(rows, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == configs.PATH.read_text()
+
+
+def test_rows_come_whole_and_aligned_to_another_device() -> None:
+    """At multiples of 16 bytes, whatever their numbers: kernels are compiled for that."""
+    parts = [torch.arange(n, dtype=torch.int32) + n for n in (3, 1, 9, 8)]
+    there = paged._sent(parts, "cpu", pinned=False)
+    assert all(torch.equal(part, sent) for part, sent in zip(parts, there, strict=True))
+    assert [part.data_ptr() % 16 for part in there] == [0] * 4
+    rows, sent = (Rows.of((3, 1, 20), (40, 17, 20), device) for device in ("cpu", "meta"))
+    for name in ("starts", "lengths", "sequences", "positions"):
+        assert getattr(sent, name).shape == getattr(rows, name).shape
+        assert getattr(sent, name).dtype == torch.int32
 
 
 def test_the_paged_reference_is_the_reference_of_one_sequence(make_kv: Callable[..., PagedKV]) -> None:

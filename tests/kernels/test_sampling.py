@@ -245,3 +245,26 @@ def test_weights_are_the_reference_s_to_the_bit(temperature: float) -> None:
     rate = torch.tensor(sampling.LOG2E) / torch.tensor(temperature)
     _weights_kernel[(1,)](x, out, x.max(), rate, BLOCK=4096)
     assert torch.equal(out, weigh(x, x.max(), temperature))
+
+
+def test_every_place_is_drawn_by_the_same_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles anew for a tensor that does not begin at a multiple of 16 bytes: while everybody waits."""
+    launched: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *arguments, **options: launched.append([x for x in arguments if isinstance(x, Tensor)])
+
+    monkeypatch.setattr(sampling, "sample_kernel", Kernel())
+    asked = parameters(8, 100, random.Random(3))
+    penalties = Penalties(torch.zeros(8, 112).int(), torch.zeros(8, 112).bool(), torch.arange(8).int())
+    for place in range(8):
+        mine = slice(place, place + 1)
+        cut = Parameters(**{field.name: getattr(asked, field.name)[mine] for field in dataclasses.fields(asked)})
+        row = Penalties(penalties.counts, penalties.prompt, penalties.row[mine])
+        sampling.sample(torch.randn(1, 112), cut, row, config=SMALL)
+        tensors = launched.pop()
+        assert len(tensors) == 14
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        assert tensors[-1].tolist() == [place]
+        assert [tensor.item() for tensor in tensors[9:11]] == [asked.seed[place], asked.position[place]]

@@ -106,6 +106,15 @@ def test_ties_and_extremes() -> None:
     assert ops.sample_row(hot, temperature=1e-3, top_k=0, top_p=1, draw=0.5) == int(hot.argmax())
 
 
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 768, 1024])
+def test_the_coldest_takes_the_lowest_of_the_largest_wherever_they_are(vocab: int) -> None:
+    for first in {0, vocab // 3, max(0, vocab - 257), vocab - 1}:
+        scores = torch.full((vocab, 2), -math.inf)[:, 0]
+        scores[first::7] = 3.0
+        scores[:first] = 2.0
+        assert ops.sample_row(scores, temperature=0, top_k=0, top_p=1, draw=0.5) == first
+
+
 def test_ties_with_the_least_of_what_a_filter_keeps_all_stay() -> None:
     flat = torch.zeros(1000)
     for top_k, top_p in ((5, 1), (0, 0.5), (5, 0.5)):

@@ -18,10 +18,10 @@ FACTS |= {"read_gbs": 100, "copy_gbs": 50, "spec_gbs": 200, "spec_tflops": 1}
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls run once each, two cases of a shape."""
 
-    def time_calls(calls: list[Callable[[], Any]], repeats: int = 20, least_ms: float = 2.0) -> Timing:
+    def time_calls(calls: list[Callable[[], Any]], device: Any = "cuda", repeats: int = 20) -> Timing:
         for call in calls:
             call()
-        return Timing(1.0, 0.9, 1.1)
+        return Timing(1000.0, 900.0, 1100.0, repeats, "graph")
 
     for module in (timing, tune):
         monkeypatch.setattr(module, "time_calls", time_calls)

@@ -1,8 +1,8 @@
-"""Measuring the kernels on an NVIDIA GPU: timing, the machine's ceilings, each set of ops' cases and candidates."""
+"""Measuring the kernels: cases, who else runs them, timing, the machine's ceilings, records, and the tuner's shapes.
 
-from mistral_nb_kernels.bench import attention_cases, linear_cases, sampling_cases
+`python -m mistral_nb_kernels.bench` is the command. Nothing here needs triton, or touches a GPU, before it measures.
+"""
+
+from mistral_nb_kernels.bench.tunables import TUNABLES
 
 __all__ = ["TUNABLES"]
-
-TUNABLES = (*attention_cases.TUNABLES, *linear_cases.TUNABLES, *sampling_cases.TUNABLES)
-"""What the tuner tunes."""

@@ -1,9 +1,7 @@
-"""The attention ops at the shapes of Mistral-7B and of a model of head_dim 64: cases, candidates, and torch's own."""
+"""The attention ops at the shapes of Mistral-7B and of a model of head_dim 64: cases, and torch's own."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,22 +13,22 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mistral_nb_kernels import reference
-from mistral_nb_kernels.attention import prefill_attention
-from mistral_nb_kernels.bench.case import Case, Device, Tunable
-from mistral_nb_kernels.configs import HEAD_DIMS, Config
-from mistral_nb_kernels.decode_attention import rope_decode_attention
+from mistral_nb_kernels.bench.case import Case, Device
 from mistral_nb_kernels.paged import PAGE, PagedKV, Rows
-from mistral_nb_kernels.rope import rope_write
 
 __all__ = [
     "CONTEXT",
-    "TUNABLES",
+    "banded",
     "copy_case",
     "decode_case",
     "decode_peers",
+    "flash_window",
     "prefill_case",
     "prefill_peers",
+    "reading",
     "rope_case",
+    "sdpa",
+    "takes",
 ]
 
 HEADS = {64: (32, 8), 128: (32, 8)}
@@ -98,6 +96,13 @@ def decode_case(
     return Case("rope_decode_attention", inputs, reference.rope_decode_attention, 4 * seen * hq * head_dim, traffic)
 
 
+def reading(case: Case) -> Case:
+    """Of a case of `decode_case` what is left without RoPE and the KV write, on queries that count as rotated."""
+    q, _, _, _, _, lengths, kv, window = case.inputs
+    inputs = (q, lengths, kv, window)
+    return replace(case, op="decode_attention", inputs=inputs, reference=reference.decode_attention)
+
+
 def rope_case(t: int, head_dim: int, page: int = PAGE, *, dtype: torch.dtype = BF16, device: Device = "cuda") -> Case:
     """RoPE and the KV write of a prompt of t tokens."""
     hq, hkv = HEADS[head_dim]
@@ -134,15 +139,20 @@ def prefill_peers(case: Case) -> dict[str, Callable[[], Tensor]]:
                 *_sdpa("cudnn, KV repeated", cudnn, q, keys, values),
             ]
         )
-    at = torch.arange(q.shape[2], device=q.device)
-    mask = (at <= at[:, None]) & (at > at[:, None] - window)
+    mask = banded(q.shape[2], window, q.device)
     return dict(
         [
-            *_flash_window(q, k, v, window),
+            *flash_window(q, k, v, window),
             *_sdpa("efficient, masked", efficient, q, keys, values, mask),
             *_sdpa("cudnn, masked", cudnn, q, keys, values, mask),
         ]
     )
+
+
+def banded(t: int, window: int, device: Device) -> Tensor:
+    """[t, t]: which keys each of t queries sees."""
+    at = torch.arange(t, device=device)
+    return (at <= at[:, None]) & (at > at[:, None] - window)
 
 
 def decode_peers(case: Case) -> dict[str, Callable[[], Tensor]]:
@@ -157,23 +167,38 @@ def _sdpa(
     name: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = True
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """SDPA by one kernel, if that takes these inputs here."""
-    takes: Callable[[Any], bool] = {
-        SDPBackend.FLASH_ATTENTION: cuda.can_use_flash_attention,
-        SDPBackend.CUDNN_ATTENTION: cuda.can_use_cudnn_attention,
-        SDPBackend.EFFICIENT_ATTENTION: cuda.can_use_efficient_attention,
-    }[backend]
+    if takes(backend, q, k, v, mask, causal=causal):
+        yield name, sdpa(backend, q, k, v, mask, causal=causal)
+
+
+def sdpa(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = True
+) -> Callable[[], Tensor]:
+    """A call of SDPA by one kernel; q [batch, hq, n, d], k and v [batch, hkv, t, d], fewer KV heads are shared."""
     shared, causal = q.shape[1] != k.shape[1], causal and mask is None
 
     def call() -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 
+    return call
+
+
+def takes(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = True
+) -> bool:
+    """Whether a kernel of SDPA for GPUs takes these inputs on this machine."""
+    asked: Callable[[Any], bool] = {
+        SDPBackend.FLASH_ATTENTION: cuda.can_use_flash_attention,
+        SDPBackend.CUDNN_ATTENTION: cuda.can_use_cudnn_attention,
+        SDPBackend.EFFICIENT_ATTENTION: cuda.can_use_efficient_attention,
+    }[backend]
     with sdpa_kernel(backend):
-        if takes(cuda.SDPAParams(q, k, v, mask, 0.0, causal, shared)):
-            yield name, call
+        return asked(cuda.SDPAParams(q, k, v, mask, 0.0, causal and mask is None, q.shape[1] != k.shape[1]))
 
 
-def _flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Flash with a window by the operator beneath SDPA, if that takes these inputs here."""
     operator = torch.ops.aten._flash_attention_forward.default
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         if "window_size_left" not in str(operator._schema) or not cuda.can_use_flash_attention(
@@ -189,57 +214,3 @@ def _flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Iterator[tupl
         return out.transpose(1, 2)
 
     yield "flash", call
-
-
-def _decode_kernel(config: Config, arch: int) -> Callable[..., Any]:
-    return functools.partial(rope_decode_attention, config=config, dot=arch >= 80)
-
-
-def _decode_shape(batch: int, t: int) -> Callable[[int, torch.dtype, Device], Case]:
-    return lambda width, dtype, device: decode_case(batch, t, width, dtype=dtype, device=device)
-
-
-def _prefill_shape(t: int) -> Callable[[int, torch.dtype, Device], Case]:
-    return lambda width, dtype, device: prefill_case(t, width, dtype=dtype, device=device)
-
-
-def _rope_shape(t: int) -> Callable[[int, torch.dtype, Device], Case]:
-    return lambda width, dtype, device: rope_case(t, width, dtype=dtype, device=device)
-
-
-TILES = tuple(block for block in (32, 64, 128) if block <= PAGE)
-"""Keys of a tile: none crosses a page."""
-TUNABLES = (
-    Tunable(
-        "rope_write",
-        HEAD_DIMS,
-        lambda config, arch: functools.partial(rope_write, config=config),
-        tuple(map(_rope_shape, (8192, 2048))),
-        tuple(Config(warps) for warps in (1, 2, 4, 8)),
-    ),
-    Tunable(
-        "prefill_attention",
-        HEAD_DIMS,
-        lambda config, arch: functools.partial(prefill_attention, config=config),
-        tuple(map(_prefill_shape, (8192, 2048))),
-        tuple(
-            Config(warps, stages, block_m=block_m, block_n=block_n)
-            for warps, stages, block_m, block_n in itertools.product((4, 8), (2, 3, 4), (64, 128), TILES)
-        ),
-    ),
-    Tunable(
-        "decode_attention",
-        HEAD_DIMS,
-        _decode_kernel,
-        tuple(
-            itertools.starmap(
-                _decode_shape, ((1, 8192), (1, 512), (1, 2048), (1, 32768), (8, 512), (8, 2048), (8, 8192))
-            )
-        ),
-        tuple(
-            Config(warps, stages, block_n=block_n, split=256)
-            for warps, stages, block_n in itertools.product((2, 4, 8), (2, 3, 4), TILES)
-        ),
-        lambda config: (replace(config, split=split) for split in (64, 128, 256, 512)),
-    ),
-)

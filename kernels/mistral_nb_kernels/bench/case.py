@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mistral_nb_kernels.configs import Config
 
-__all__ = ["Case", "Device", "Maker", "Tunable", "size"]
+__all__ = ["Case", "Device", "Maker", "Tunable", "size", "tensors"]
 
 Device = torch.device | str
 TOLERANCE = 2e-2
@@ -33,39 +33,76 @@ class Case:
     def call(self, function: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: function(*self.inputs, **self.keywords)
 
+    def copied(self) -> Case:
+        """The same with inputs of its own."""
+        inputs, keywords = copy.deepcopy((self.inputs, self.keywords))
+        return replace(self, inputs=inputs, keywords=keywords)
+
     def wrong(self, function: Callable[..., Any]) -> str:
         """What `function` does otherwise than the reference, in its result or in its inputs; empty if nothing."""
-        got, expected = self._ran(function), self._ran(self.reference)
-        for index, (ours, right) in enumerate(zip(_tensors(got), _tensors(expected), strict=True)):
-            if torch.equal(ours, right):
-                continue
-            error = (ours.float() - right.float()).norm(dim=-1)
-            off = ~(error <= TOLERANCE * right.float().norm(dim=-1))
-            if off.any() or not right.is_floating_point():
-                return f"{self.op}: tensor {index} is off in {int(off.sum())} of {off.numel()} rows"
+        return self.wrong_as(lambda case: case.call(function))
+
+    def wrong_as(
+        self, bind: Callable[[Case], Callable[[], Any]], result: Callable[[Case, Any], Any] | None = None
+    ) -> str:
+        """The same of what `bind` gives for a copy of the case; `result` makes the op's result of what that gives."""
+        mine, its = self.copied(), self.copied()
+        got = bind(mine)()
+        if result is not None:
+            got = result(mine, got)
+        expected = its.call(its.reference)()
+        if type(got) is not type(expected):
+            return f"{self.op}: the result is a {type(got).__name__}, not a {type(expected).__name__}"
+        strange = next((x for x in tensors(got) if type(x) is not Tensor), None)
+        if strange is not None:
+            return f"{self.op}: a result is a {type(strange).__name__}, not a plain tensor"
+        many, right = (len(list(tensors(out))) for out in (got, expected))
+        if many != right:
+            return f"{self.op}: {many} tensors came out, not {right}"
+        after = (tensors((out, case.inputs, case.keywords)) for out, case in ((got, mine), (expected, its)))
+        offs = (_off(*pair) for pair in zip(*after, strict=True))
+        return next((f"{self.op}: tensor {index} {off}" for index, off in enumerate(offs) if off), "")
+
+
+def _off(got: Tensor, right: Tensor) -> str:
+    """What is wrong with a tensor beside the right one."""
+    if got.dtype != right.dtype:
+        found, expected = (str(x.dtype).removeprefix("torch.") for x in (got, right))
+        return f"has the dtype {found}, not {expected}"
+    if got.shape != right.shape:
+        return f"has the shape {list(got.shape)}, not {list(right.shape)}"
+    if torch.equal(got, right):
         return ""
+    error = (got.float() - right.float()).norm(dim=-1)
+    off = ~(error <= TOLERANCE * right.float().norm(dim=-1))
+    if off.any() or not right.is_floating_point():
+        return f"is off in {int(off.sum())} of {off.numel()} rows"
+    return ""
 
-    def _ran(self, function: Callable[..., Any]) -> tuple[Any, ...]:
-        """Its result, and its inputs as it leaves them."""
-        inputs, keywords = copy.deepcopy((self.inputs, self.keywords))
-        return function(*inputs, **keywords), inputs, keywords
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Those in tuples, mappings and dataclasses, in their order."""
+    return (tensor for _, tensor in named_tensors("", x))
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
+def named_tensors(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
+    """The same with where each is in what is called `name`: kv.k, result[1], or its key in a mapping."""
     if isinstance(x, Tensor):
-        yield x
+        yield name, x
     elif isinstance(x, tuple):
-        for each in x:
-            yield from _tensors(each)
+        for index, each in enumerate(x):
+            yield from named_tensors(f"{name}[{index}]", each)
     elif isinstance(x, Mapping):
-        yield from _tensors(tuple(x.values()))
+        for key, each in x.items():
+            yield from named_tensors(str(key), each)
     elif is_dataclass(x):
-        yield from _tensors(tuple(getattr(x, field.name) for field in fields(x)))
+        for field in fields(x):
+            yield from named_tensors(f"{name}.{field.name}", getattr(x, field.name))
 
 
 def size(*x: Any) -> int:
     """Bytes of the tensors in it."""
-    return sum(tensor.nbytes for tensor in _tensors(x))
+    return sum(tensor.nbytes for tensor in tensors(x))
 
 
 Maker = Callable[[int, torch.dtype, Device], Case]

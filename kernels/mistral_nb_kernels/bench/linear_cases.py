@@ -1,11 +1,10 @@
-"""The linear layers of Mistral-7B, one by one and a layer's in sequence, with adapters: cases, candidates, peers."""
+"""The linear layers of Mistral-7B, one by one and a layer's in sequence, with adapters: cases and peers."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,25 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_nb_kernels import reference
-from mistral_nb_kernels.bench.case import Case, Device, Maker, Tunable, size
-from mistral_nb_kernels.configs import Config
-from mistral_nb_kernels.linear import linear
-from mistral_nb_kernels.lora import lora_expand, lora_shrink
+from mistral_nb_kernels.bench.case import Case, Device, size
 from mistral_nb_kernels.packed import Dense, Int4, Int8, Lora, LoraRows, Norm, Weight, unpack_int4
-from mistral_nb_kernels.rms_norm import add_rms_norm
-from mistral_nb_kernels.swiglu import swiglu
 
 __all__ = [
     "KINDS",
     "LAYER",
     "SHAPES",
-    "TUNABLES",
     "expand_case",
     "layer_case",
     "layer_peers",
     "linear_case",
     "linear_peers",
     "norm_case",
+    "product",
+    "rms_case",
     "run_layer",
     "shrink_case",
     "swiglu_case",
@@ -106,11 +101,15 @@ def adapters(shape: Shape, slots: int, dtype: torch.dtype, device: Device) -> Lo
     parts = len(shape.ends)
     a = torch.randn(slots, parts * RANK, shape.inputs, dtype=dtype, device=device) * shape.inputs**-0.5
     b = torch.randn(slots, shape.ends[-1], RANK, dtype=dtype, device=device) * RANK**-0.5
-    return Lora(a, b, torch.full((slots,), 0.1, device=device), shape.ends)
+    return Lora(a, b, shape.ends)
 
 
 def slots_of(rows: int, slots: int, device: Device) -> Tensor:
     return torch.arange(rows, dtype=torch.int32, device=device) % slots
+
+
+def scales_of(rows: int, device: Device) -> Tensor:
+    return torch.full((rows,), 0.1, device=device)
 
 
 def norm_of(shape: Shape, dtype: torch.dtype, device: Device) -> Norm | None:
@@ -157,7 +156,8 @@ def layer_case(
         for shape in LAYER.values()
     )
     flops = sum(2 * rows * shape.inputs * shape.ends[-1] for shape in LAYER.values())
-    inputs = (x, attended, projections, slots_of(rows, slots, device) if slots else None)
+    adapted = (slots_of(rows, slots, device), scales_of(rows, device)) if slots else None
+    inputs = (x, attended, projections, adapted)
     # every product's input and output, and the two residuals
     rows_of = sum(shape.inputs + shape.outputs * (1 + shape.residual) for shape in LAYER.values())
     traffic = size(projections) + rows * rows_of * dtype.itemsize
@@ -165,15 +165,22 @@ def layer_case(
 
 
 def run_layer(
-    ops: Any, x: Tensor, attended: Tensor, projections: tuple[Projection, ...], slots: Tensor | None
+    ops: Any,
+    x: Tensor,
+    attended: Tensor,
+    projections: tuple[Projection, ...],
+    adapted: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v of x [n, dim], and the layer's result with `attended` [n, dim] for what attention makes of them."""
+    """q, k, v of x [n, dim], and the layer's result with `attended` [n, dim] for what attention makes of them.
+
+    `adapted` has the slots and the scales of the rows.
+    """
     qkv, o, gate_up, down = projections
 
     def project(x: Tensor, by: Projection, **how: Any) -> Tensor:
         rows = None
-        if by.lora is not None and slots is not None:
-            rows = LoraRows(by.lora, slots, ops.lora_shrink(x, by.lora, slots, norm=by.norm))
+        if by.lora is not None and adapted is not None:
+            rows = LoraRows(by.lora, adapted[0], ops.lora_shrink(x, by.lora, *adapted, norm=by.norm))
         out: Tensor = ops.linear(x, by.weight, norm=by.norm, lora=rows, **how)
         return out
 
@@ -184,7 +191,7 @@ def run_layer(
 
 def linear_peers(case: Case) -> dict[str, Callable[[], Any]]:
     """The bare product of a case of `linear_case` by what torch has, without what is fused."""
-    name, call = _product(*case.inputs)
+    name, call = product(*case.inputs)
     return {name: call}
 
 
@@ -192,14 +199,15 @@ def layer_peers(case: Case) -> dict[str, Callable[[], Any]]:
     """The four bare products of a case of `layer_case`, and for dense weights the same as torch's own ops."""
     x, _, projections, _ = case.inputs
     rows = [torch.randn(len(x), by.weight.shape[1], dtype=x.dtype, device=x.device) for by in projections]
-    products = [_product(row, by.weight) for row, by in zip(rows, projections, strict=True)]
+    products = [product(row, by.weight) for row, by in zip(rows, projections, strict=True)]
     peers: dict[str, Callable[[], Any]] = {products[0][0]: lambda: [call() for _, call in products]}
     if isinstance(projections[0].weight, Dense):
         peers["torch"] = case.call(_torch_layer)
     return peers
 
 
-def _product(x: Tensor, weight: Weight) -> tuple[str, Callable[[], Tensor]]:
+def product(x: Tensor, weight: Weight) -> tuple[str, Callable[[], Tensor]]:
+    """x [n, in] times the weights by what torch has for them: its name, and a call -> [n, out]."""
     if isinstance(weight, Dense):
         return "cublas", lambda: F.linear(x, weight.weight)
     if isinstance(weight, Int8):
@@ -237,7 +245,7 @@ def shrink_case(layer: str, rows: int, slots: int, *, dtype: torch.dtype = BF16,
     x, norm = torch.randn(rows, shape.inputs, dtype=dtype, device=device), norm_of(shape, dtype, device)
     lora = adapters(shape, slots, dtype, device)
     traffic = size(x, lora.a, norm) + 4 * rows * lora.a.shape[1]
-    inputs = (x, lora, slots_of(rows, slots, device).sort().values)
+    inputs = (x, lora, slots_of(rows, slots, device).sort().values, scales_of(rows, device))
     flops = 2 * rows * shape.inputs * lora.a.shape[1]
     return Case("lora_shrink", inputs, reference.lora_shrink, flops, traffic, {"norm": norm})
 
@@ -262,105 +270,14 @@ def norm_case(rows: int, *, dtype: torch.dtype = BF16, device: Device = "cuda") 
     return Case("add_rms_norm", (x, residual, weight, EPS), reference.add_rms_norm, 5 * x.numel(), traffic)
 
 
+def rms_case(rows: int, *, dtype: torch.dtype = BF16, device: Device = "cuda") -> Case:
+    """The norm alone."""
+    dim = SHAPES["head"].inputs
+    x = torch.randn(rows, dim, dtype=dtype, device=device)
+    weight = (torch.rand(dim, device=device) + 0.5).to(dtype)
+    return Case("rms_norm", (x, weight, EPS), reference.rms_norm, 4 * x.numel(), 2 * size(x) + size(weight))
+
+
 def swiglu_case(rows: int, *, dtype: torch.dtype = BF16, device: Device = "cuda") -> Case:
     gate_up = torch.randn(rows, SHAPES["gate, up"].ends[-1], dtype=dtype, device=device)
     return Case("swiglu", (gate_up,), reference.swiglu, 3 * gate_up.numel(), size(gate_up) * 3 // 2)
-
-
-def _of(make: Callable[..., Case], *how: Any) -> Maker:
-    """A case of an op that has no width."""
-    return lambda width, dtype, device: make(*how, dtype=dtype, device=device)
-
-
-def _kernel(op: Callable[..., Any]) -> Callable[[Config, int], Callable[..., Any]]:
-    return lambda config, arch: functools.partial(op, config=config)
-
-
-def _linear_kernel(config: Config, arch: int) -> Callable[..., Any]:
-    return functools.partial(linear, config=config, dot=arch >= 80)
-
-
-AHEAD = 160 * 1024
-"""Bytes of weights that a multiprocessor may have on their way: its shared memory holds no more on 8.0."""
-
-
-def _linear(bits: int, *kinds: str) -> Tunable:
-    """Gate and up first, half of all traffic; then every layer at one row, and two at eight."""
-    layers = [_of(linear_case, layer, 1, kinds[0]) for layer in ("gate, up", "qkv", "o", "down", "head")]
-    eights = [_of(linear_case, "down", 8, kinds[0]), *(_of(linear_case, "qkv", 8, kind) for kind in kinds)]
-    candidates = itertools.product((4, 8), (3, 4, 5), (32, 64), (32, 64, 128))
-    return Tunable(
-        "linear",
-        (0,),
-        _linear_kernel,
-        (*layers, *eights),
-        tuple(
-            Config(warps, stages, block_n=block_n, block_k=block_k)
-            for warps, stages, block_n, block_k in candidates
-            if warps * stages * block_n * block_k * max(bits // 8, 1) <= AHEAD
-        ),
-        bits=bits,
-    )
-
-
-def _shrink_tiles(config: Config) -> Iterator[Config]:
-    """And those for many rows."""
-    yield config
-    for stages, block_m, block_n, block_k in itertools.product((3, 4, 5), (16, 32, 64), (16, 32, 64), (64, 128)):
-        yield replace(config, stages=stages, block_m=block_m, block_n=block_n, block_k=block_k)
-
-
-def _expand_tiles(config: Config) -> Iterator[Config]:
-    yield config
-    for block_m, block_k in itertools.product((32, 64, 128), (16, 64)):
-        yield replace(config, block_m=block_m, block_k=block_k)
-
-
-MANY = 2048
-"""Rows of a prompt."""
-TUNABLES = (
-    _linear(16, "dense"),
-    _linear(8, "int8"),
-    _linear(4, "int4 g128", "int4 g32"),
-    Tunable(
-        "lora_shrink",
-        (0,),
-        _kernel(lora_shrink),
-        (
-            _of(shrink_case, "down", 1, 1),
-            _of(shrink_case, "qkv", 1, 1),
-            _of(shrink_case, "gate, up", 8, 8),
-            _of(shrink_case, "qkv", MANY, 1),
-            _of(shrink_case, "down", MANY, 1),
-        ),
-        tuple(map(Config, (4, 8, 16))),
-        _shrink_tiles,
-    ),
-    Tunable(
-        "lora_expand",
-        (0,),
-        _kernel(lora_expand),
-        (
-            _of(expand_case, "qkv", 16, 4),
-            _of(expand_case, "gate, up", 16, 4),
-            _of(expand_case, "qkv", MANY, 1),
-            _of(expand_case, "gate, up", MANY, 1),
-        ),
-        tuple(Config(warps, block_n=block_n) for warps, block_n in itertools.product((4, 8), (64, 128))),
-        _expand_tiles,
-    ),
-    Tunable(
-        "rms_norm",
-        (0,),
-        _kernel(add_rms_norm),
-        tuple(_of(norm_case, rows) for rows in (1, 8, MANY)),
-        tuple(map(Config, (4, 8, 16, 32))),
-    ),
-    Tunable(
-        "swiglu",
-        (0,),
-        _kernel(swiglu),
-        tuple(_of(swiglu_case, rows) for rows in (MANY, 9)),
-        tuple(Config(warps, block_n=block_n) for warps, block_n in itertools.product((2, 4, 8), (512, 1024, 2048))),
-    ),
-)

@@ -55,7 +55,7 @@ class Results:
         """Prints and keeps a row: microseconds, TFLOP/s, GB/s, and its share of the measured `ceiling` and the data
         sheet's.
         """
-        times = {name: round(ms * 1e3, 2) for name, ms in (("us", timing.ms), ("p20", timing.p20), ("p80", timing.p80))}
+        times = {name: round(getattr(timing, name), 2) for name in ("us", "p20", "p80")}
         row = {"op": op, **shape, **times}
         row |= {"tflops": round(case.flops / timing.ms / 1e9, 1), "gbs": round(case.bytes / timing.ms / 1e6)}
         if ceiling is not None:

@@ -1,24 +1,19 @@
-"""Sampling: what may be asked for, cases of one kind and of every kind mixed, exact distributions, candidates."""
+"""Sampling: what may be asked for, cases of one kind and of every kind mixed, exact distributions."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import random
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mistral_nb_kernels import reference
-from mistral_nb_kernels.bench.case import Case, Device, Maker, Tunable, size
-from mistral_nb_kernels.configs import Config
+from mistral_nb_kernels.bench.case import Case, Device, size
 from mistral_nb_kernels.parameters import Parameters, Penalties
-from mistral_nb_kernels.sampling import sample
 
-__all__ = ["ASKED", "OFF", "SETS", "TUNABLES", "mixed_case", "sample_case", "sample_peers", "shares"]
+__all__ = ["ASKED", "OFF", "SETS", "mixed_case", "raced", "sample_case", "sample_peers", "shares", "torch_sample"]
 
 VOCAB = 32000
 ASKED: dict[str, dict[str, float]] = {
@@ -59,7 +54,10 @@ def sample_case(
     dtype: torch.dtype = torch.bfloat16,
     device: Device = "cuda",
 ) -> Case:
-    """Normal scores of deviation `spread`: at 3 half of the mass is in some tens of tokens, at 1 in thousands."""
+    """Normal scores of deviation `spread`: at 3 half of the mass is in some tens of tokens, at 1 in thousands.
+
+    It counts no FLOPs: a draw has no products, and reads.
+    """
     how = OFF | ASKED[asked]
     numbers = {name: torch.full((rows,), value, device=device) for name, value in how.items() if name != "top_k"}
     place = torch.arange(rows, device=device)
@@ -71,7 +69,7 @@ def sample_case(
         penalties = Penalties(prompt.int(), prompt, place.int())
     logits = torch.randn(rows, vocab, device=device).mul_(spread).to(dtype)
     traffic = size(logits, penalties)
-    return Case("sample", (logits, parameters, penalties), reference.sample, 40 * rows * vocab, traffic)
+    return Case("sample", (logits, parameters, penalties), reference.sample, 0, traffic)
 
 
 def mixed_case(n: int, vocab: int, source: random.Random, *, dtype: torch.dtype, device: Device) -> Case:
@@ -106,7 +104,7 @@ def mixed_case(n: int, vocab: int, source: random.Random, *, dtype: torch.dtype,
     place = torch.randperm(n + 2, device=device)[:n].to(torch.int32)
     place[0] = -1
     penalties = Penalties(counts, torch.rand(n + 2, vocab, device=device) < 0.2, place)
-    return Case("sample", (logits, parameters, penalties), reference.sample, 40 * n * vocab, size(logits, penalties))
+    return Case("sample", (logits, parameters, penalties), reference.sample, 0, size(logits, penalties))
 
 
 def shares(logits: Tensor, counts: Tensor, prompt: Tensor, how: dict[str, float]) -> Tensor:
@@ -116,7 +114,7 @@ def shares(logits: Tensor, counts: Tensor, prompt: Tensor, how: dict[str, float]
     x = x - how["frequency_penalty"] * counts - how["presence_penalty"] * (counts > 0)
     if how["top_k"]:
         x = x.masked_fill(x < x.topk(int(how["top_k"])).values[-1], -math.inf)
-    ordered, ids = (x / how["temperature"]).softmax(0).sort(descending=True)
+    ordered, ids = (x / how["temperature"]).softmax(0).sort(descending=True, stable=True)
     ordered = ordered * (ordered.cumsum(0) - ordered < how["top_p"])
     return torch.zeros_like(x).scatter(0, ids, ordered / ordered.sum())
 
@@ -126,43 +124,35 @@ def sample_peers(case: Case) -> dict[str, Callable[[], Tensor]]:
     logits, parameters, penalties = case.inputs
     if penalties is not None:
         return {}
+    return {"torch": torch_sample(logits, parameters, torch.empty(logits.shape, device=logits.device).exponential_())}
+
+
+def torch_sample(logits: Tensor, parameters: Parameters, race: Tensor) -> Callable[[], Tensor]:
+    """Draws for logits [n, vocab] whose rows ask for the same, by exponential random numbers `race` [n, vocab] fp32."""
     temperature, top_k, top_p = (float(x[0]) for x in (parameters.temperature, parameters.top_k, parameters.top_p))
-    race = torch.empty(logits.shape, device=logits.device).exponential_()
 
     def call() -> Tensor:
         if temperature == 0:
-            tokens: Tensor = logits.argmax(-1)
-            return tokens
+            return logits.argmax(-1)
         scores = logits.float() / temperature
         if top_k:
             scores = scores.masked_fill(scores < scores.topk(int(top_k)).values[:, -1:], -torch.inf)
         shares = scores.softmax(-1)
         if top_p < 1:
-            ordered, ids = shares.sort(descending=True)
+            ordered, ids = shares.sort(descending=True, stable=True)
             shares = torch.zeros_like(shares).scatter(1, ids, ordered * (ordered.cumsum(-1) - ordered < top_p))
-        tokens = (shares / race).argmax(-1)
-        return tokens
+        return (shares / race).argmax(-1)
 
-    return {"torch": call}
-
-
-def _shape(asked: str, rows: int) -> Maker:
-    return lambda width, dtype, device: sample_case(asked, rows, dtype=dtype, device=device)
+    return call
 
 
-def _kernel(config: Config, arch: int) -> Callable[..., Any]:
-    return functools.partial(sample, config=config)
-
-
-TUNABLES = (
-    Tunable(
-        "sample",
-        (0,),
-        _kernel,
-        (_shape("top-k, top-p", 1), _shape("top-p", 8), _shape("greedy", 1), _shape("penalties, top-k, top-p", 8)),
-        tuple(
-            Config(warps, block_n=block_n)
-            for warps, block_n in itertools.product((8, 16, 32), (2048, 4096, 8192, 16384))
-        ),
-    ),
-)
+def raced(logits: Tensor, parameters: Parameters, race: Tensor) -> Tensor:
+    """What `torch_sample` draws, from the exact distributions in fp64 -> int64 [n]. Of equal tokens at the end of a
+    top-p both keep those of the lowest ids.
+    """
+    how = {name: float(getattr(parameters, name)[0]) for name in OFF}
+    if how["temperature"] == 0:
+        return logits.argmax(-1)
+    none = torch.zeros_like(logits[0])
+    exact = [shares(row, none, none > 0, how) for row in logits]
+    return (torch.stack(exact) / race).argmax(-1)

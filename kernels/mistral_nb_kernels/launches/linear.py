@@ -46,7 +46,7 @@ class Fused:
     def _lora(self, x: Tensor, outputs: int) -> LoraRows:
         ends = {1: (outputs,), 2: (outputs // 2, outputs), 3: (outputs // 2, outputs * 3 // 4, outputs)}[self.parts]
         a, b = torch.zeros(2, self.parts * self.rank, DIM), torch.zeros(2, outputs, self.rank)
-        lora = Lora(a.to(x.dtype), b.to(x.dtype), torch.zeros(2), ends)
+        lora = Lora(a.to(x.dtype), b.to(x.dtype), ends)
         return LoraRows(lora, torch.zeros(ROWS, dtype=torch.int32), torch.zeros(ROWS, self.parts * self.rank))
 
 

@@ -18,18 +18,19 @@ MANY = FEW + 1
 
 def _lora(inputs: int, ends: tuple[int, ...], rank: int, dtype: torch.dtype) -> Lora:
     a, b = torch.zeros(2, len(ends) * rank, inputs, dtype=dtype), torch.zeros(2, ends[-1], rank, dtype=dtype)
-    return Lora(a, b, torch.zeros(2), ends)
+    return Lora(a, b, ends)
 
 
 def _shrink(row: Row, dtype: torch.dtype) -> Forms:
     slots, x = torch.zeros(MANY, dtype=torch.int32), torch.zeros(MANY, HIDDEN, dtype=dtype)
+    scale = torch.zeros(MANY)
     norm = Norm(torch.zeros(DIM, dtype=dtype), 1e-5)
     qkv, down, config = _lora(DIM, QKV, 16, dtype), _lora(HIDDEN, DOWN, 16, dtype), row.config
-    yield "norm", lambda: lora_shrink(x[:1, :DIM], qkv, slots[:1], norm=norm, config=config)
-    yield "down", lambda: lora_shrink(x[:1], down, slots[:1], config=config)
+    yield "norm", lambda: lora_shrink(x[:1, :DIM], qkv, slots[:1], scale[:1], norm=norm, config=config)
+    yield "down", lambda: lora_shrink(x[:1], down, slots[:1], scale[:1], config=config)
     if config.block_m:
-        yield "rows", lambda: lora_shrink(x[:, :DIM], qkv, slots, config=config)
-        yield "rows, down", lambda: lora_shrink(x, down, slots, config=config)
+        yield "rows", lambda: lora_shrink(x[:, :DIM], qkv, slots, scale, config=config)
+        yield "rows, down", lambda: lora_shrink(x, down, slots, scale, config=config)
 
 
 def _expand(row: Row, dtype: torch.dtype) -> Forms:

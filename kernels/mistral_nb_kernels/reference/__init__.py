@@ -9,19 +9,20 @@ which chooses its order by the shape).
 from mistral_nb_kernels.reference.attention import (
     RopeScaling,
     attention,
-    decode_attention,
     prefill_attention,
     rope,
-    rope_decode_attention,
     rope_table,
     rope_write,
 )
+from mistral_nb_kernels.reference.decode_attention import Decoding, decode_attention, rope_decode_attention
 from mistral_nb_kernels.reference.layers import add_rms_norm, embedding, rms_norm, swiglu
 from mistral_nb_kernels.reference.linear import linear, linear_int4_cpu, linear_int8, quantize_int8
-from mistral_nb_kernels.reference.lora import lora_expand, lora_shrink
+from mistral_nb_kernels.reference.lora import Adapting, lora_expand, lora_shrink
 from mistral_nb_kernels.reference.sampling import philox, sample, sample_row, uniform
 
 __all__ = [
+    "Adapting",
+    "Decoding",
     "RopeScaling",
     "add_rms_norm",
     "attention",

@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_nb_kernels.paged import PagedKV, Rows
+from mistral_nb_kernels.reference.layers import in_type
 
 __all__ = [
     "RopeScaling",
     "attention",
-    "decode_attention",
     "prefill_attention",
     "rope",
-    "rope_decode_attention",
     "rope_table",
     "rope_write",
 ]
+
+ROWS = 4
+"""On the CPU SDPA gives numbers of queries that are no multiple of it other bits with one thread than with two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [n, heads, d] by cos, sin [n, d] of its rows' positions; half-split pairing. -> [n, heads, d]."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    return in_type((x * cos[:, None]).addcmul_(turned, sin[:, None]), x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -85,8 +87,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
     if n == 1:
         if window is not None and t > window:
             k, v = k[:, t - window :], v[:, t - window :]
-        out = F.scaled_dot_product_attention(q.view(1, hkv, group, d), k[None], v[None])
-        return out.view(1, hq, d)
+        heads = q.view(1, hkv, group, d)
+        if group % ROWS and q.device.type == "cpu":
+            heads = F.pad(heads, (0, 0, 0, -group % ROWS))
+        return F.scaled_dot_product_attention(heads, k[None], v[None])[:, :, :group].reshape(1, hq, d)
     if window is not None and t - n >= window:
         first = t - n - window + 1
         k, v, t = k[:, first:], v[:, first:], t - first
@@ -101,10 +105,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Ten
     if shared and not _shares_heads(q, mask):
         shared = False
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    if n % ROWS and q.device.type == "cpu":
+        q = F.pad(q, (0, 0, 0, 0, 0, -n % ROWS))
+        mask = None if mask is None else F.pad(mask, (0, 0, 0, -n % ROWS), value=True)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=shared
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1)[:n]
 
 
 def _shares_heads(q: Tensor, mask: Tensor | None) -> bool:
@@ -143,28 +150,3 @@ def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = N
         if mine.stop > mine.start:
             out[mine] = attention(q[mine], *kv.of(sequence, length), window)
     return out
-
-
-def decode_attention(q: Tensor, lengths: Tensor, kv: PagedKV, window: int | None = None) -> Tensor:
-    """`attention` of each sequence's newest token, q [batch, hq, d]; lengths [batch] with it. Zeros at length 0."""
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    for sequence, length in enumerate(lengths.tolist()):
-        if length:
-            out[sequence] = attention(q[sequence : sequence + 1], *kv.of(sequence, length), window)[0]
-    return out
-
-
-def rope_decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    lengths: Tensor,
-    kv: PagedKV,
-    window: int | None = None,
-) -> Tensor:
-    """`rope_write` of the newest tokens q [batch, hq, d], k, v [batch, hkv, d], then `decode_attention`."""
-    batch = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-    rows = Rows(batch, lengths, batch[:-1], lengths - 1, longest=1)
-    return decode_attention(rope_write(q, k, v, cos, sin, rows, kv), lengths, kv, window)

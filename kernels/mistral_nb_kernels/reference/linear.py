@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_nb_kernels.packed import Int4Cpu, Int8, LoraRows, Norm, Weight, dequantize
-from mistral_nb_kernels.reference.layers import rms_norm, swiglu
-from mistral_nb_kernels.reference.lora import lora_expand
+from mistral_nb_kernels.packed import Int4Cpu, Int8, Lora, LoraRows, Norm, Weight, dequantize
+from mistral_nb_kernels.reference.layers import in_type, rms_norm, swiglu, wider
+from mistral_nb_kernels.reference.lora import Adapting, lora_expand
 
 __all__ = ["linear", "linear_int4_cpu", "linear_int8", "quantize_int8"]
 
@@ -24,32 +24,37 @@ def linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
-    lora: LoraRows | None = None,
+    lora: LoraRows | tuple[Adapting, Lora] | None = None,
 ) -> Tensor:
     """norm(x) [n, in] @ weight [out, in]^T, with adapters, gated, and added to a residual -> [n, out].
 
+    `lora` is what `lora_shrink` made, or what makes the whole of an update here, from x after its norm.
     `gated` halves the outputs: silu of the first half times the second. The norm and the product are rounded to x's
     type, as torch's own ops are; what follows the product is in fp32 and rounded once. On the CPU int8 goes through
     `linear_int8`, `Int4Cpu` through `linear_int4_cpu`; `Int4` is for GPUs, and dequantised whole at each call.
     """
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps)
-    if isinstance(weight, Int8) and x.device.type == "cpu" and x.dtype != torch.float64:
-        y = linear_int8(x, weight.values, weight.scale)
-    elif isinstance(weight, Int4Cpu) and x.dtype != torch.float64:
-        y = linear_int4_cpu(x, weight)
-    else:
-        y = F.linear(x, dequantize(weight, x.dtype))
-    if lora is None and residual is None and not gated:
-        return y.to(x.dtype)
-    y = y.to(torch.promote_types(x.dtype, torch.float32))
-    if lora is not None:
+    y = _product(x, weight)
+    if lora is not None or gated or residual is not None:
+        y = in_type(y, wider(x.dtype))
+    if isinstance(lora, LoraRows):
         y = lora_expand(lora.shrunk, lora.lora, lora.slots, y)
+    elif lora is not None:
+        y = lora[0].update(x, lora[1], y)
     if gated:
         y = swiglu(y)
     if residual is not None:
         y = residual + y
-    return y.to(x.dtype)
+    return in_type(y, x.dtype)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Int4Cpu) and x.dtype != torch.float64:
+        return linear_int4_cpu(x, weight)
+    if isinstance(weight, Int8) and x.device.type == "cpu" and x.dtype != torch.float64:
+        return linear_int8(x, weight.values, weight.scale)
+    return F.linear(x, dequantize(weight, x.dtype))
 
 
 def quantize_int8(x: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def linear_int4_cpu(x: Tensor, weight: Int4Cpu) -> Tensor:
-    """x [n, in] @ weight [out, in]^T -> fp32 [n, out]. CPU.
+    """x [n, in] @ weight [out, in]^T -> bf16 [n, out]. CPU.
 
     x, scales, middles and the result are rounded to bf16: 3.0e-3 of the result against fp64, where int8 costs 7e-3;
     the sums are made in fp32, in an order that depends neither on the number of rows nor on that of threads. A step of
@@ -88,7 +93,7 @@ def linear_int4_cpu(x: Tensor, weight: Int4Cpu) -> Tensor:
     is given for contiguous, so that some outputs of a matrix have their scales and middles copied at each call.
     """
     rounded, affine = x.to(torch.bfloat16).contiguous(), weight.affine.contiguous()
-    return torch._weight_int4pack_mm_for_cpu(rounded, weight.packed, weight.group, affine).float()
+    return torch._weight_int4pack_mm_for_cpu(rounded, weight.packed, weight.group, affine)
 
 
 @functools.cache

@@ -16,9 +16,11 @@ MUTANTS = (
     ),
     lora(
         "everyone has the first slot",
-        "factor = tl.load(scale + slot)\n",
-        "factor = tl.load(scale + slot)\n    slot *= 0\n",
+        "factor = tl.load(scale + row)\n",
+        "factor = tl.load(scale + row)\n    slot *= 0\n",
     ),
+    lora("scale of the slot, few rows", "tl.load(scale + row)", "tl.load(scale + slot)"),
+    lora("scale of the slot, many rows", "tl.load(scale + row, mask", "tl.load(scale + slot, mask"),
     lora("rows without an adapter left unwritten", "        tl.store(out, 0.0)\n", ""),
     lora(
         "rows without an adapter left unwritten, in tiles",

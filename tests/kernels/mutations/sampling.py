@@ -40,6 +40,7 @@ MUTANTS = (
     kernel("octaves forgotten", ".to(tl.int32) >> whole.to(tl.int32)", ".to(tl.int32)"),
     kernel("parameters of any stride", "assert values.is_contiguous()", "pass"),
     kernel("parameters of any number of rows", "assert values.shape == (n,)", "pass"),
+    kernel("machine code of each place's own", "values.data_ptr() % 16 == 0", "True"),
     kernel("places of any stride", "assert penalties.row.is_contiguous()", "pass"),
     torch("top-p off by one", "head[torch.searchsorted(mass, needed)]", "head[torch.searchsorted(mass, needed) - 1]"),
     torch("ties with the k-th dropped", "(scores >= scores.topk(top_k)", "(scores > scores.topk(top_k)"),
