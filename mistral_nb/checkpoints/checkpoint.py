@@ -15,9 +15,11 @@ from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
 from mistral_nb.checkpoints.untrusted import AGAIN, quoted, readable
 from mistral_nb.errors import ModelError
 
-__all__ = ["Checkpoint", "DType", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "DType", "StoredDType", "TensorInfo", "open_checkpoint"]
 
 DType = Literal["F32", "F16", "BF16"]
+StoredDType = Literal[DType, "I8", "U8"]
+"""Checkpoints have the first three; the engine's own packed copies the others too."""
 _QUANTISED_DTYPES = ("I", "U", "F4", "F6_", "F8_")
 _QUANTISED_NAMES = (".qweight", ".qzeros", ".scales", ".g_idx", "weight_scale", "weight_packed", ".absmax", "scale_inv")
 _TENSORS = 20_000
@@ -28,7 +30,7 @@ _IGNORED = "rotary_emb.inv_freq"
 class TensorInfo:
     """A tensor [rows, columns] or [size] in `file`, whose bytes are from `start` to `end` of the file."""
 
-    dtype: DType
+    dtype: StoredDType
     shape: tuple[int, ...]
     file: Path
     start: int

@@ -16,7 +16,7 @@ from typing import Any
 from mistral_nb.checkpoints.untrusted import AGAIN, open_file, parse_object, quoted
 from mistral_nb.errors import ModelError
 
-__all__ = ["FRESH_S", "RawTensor", "read_header"]
+__all__ = ["FRESH_S", "RawTensor", "read_header", "read_metadata"]
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -55,8 +55,28 @@ class RawTensor:
     end: int
 
 
-def read_header(path: Path) -> dict[str, RawTensor]:
-    """The tensors of a file by name. `ModelError` says how the file is broken, or what it is instead."""
+def read_header(path: Path, *, most: int = _PARSED, values: int = _VALUES) -> dict[str, RawTensor]:
+    """The tensors of a file by name. `ModelError` says how the file is broken, or what it is instead.
+
+    A header of over `most` bytes or of over `values` values is not read.
+    """
+    entries, base, size, fresh = _read_entries(path, most, values)
+    entries.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, base) for name, entry in entries.items()}
+    _check_ranges(path, tensors, base, size, fresh)
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file tells of itself beside its tensors; errors as of `read_header`, the tensors' own aside."""
+    metadata = _read_entries(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ModelError(f"{path} has metadata that are no object; {AGAIN}")
+    return {str(name): str(value) for name, value in metadata.items()}
+
+
+def _read_entries(path: Path, most: int = _PARSED, values: int = _VALUES) -> tuple[dict[str, Any], int, int, bool]:
+    """The header as it is, where the data begins, the file's size, and whether it may be one that is still growing."""
     with open_file(path) as file:
         status = os.fstat(file.fileno())
         size = status.st_size
@@ -67,15 +87,11 @@ def read_header(path: Path) -> dict[str, RawTensor]:
         length = int.from_bytes(begin[:8], "little")
         if len(begin) < 9 or length > size - 8 or begin[8:9] != b"{":
             raise _no_header(path, begin, length, size, fresh)
-        if length > _PARSED:
+        if length > most:
             raise ModelError(f"{path} has a header of {length} bytes, far more than a model needs; {AGAIN}")
         file.seek(8)
-        entries = parse_object(file.read(length), f"the header of {path}", values=_VALUES, unique=True)
-    entries.pop("__metadata__", None)
-    base = 8 + length
-    tensors = {name: _tensor(path, name, entry, base) for name, entry in entries.items()}
-    _check_ranges(path, tensors, base, size, fresh)
-    return tensors
+        entries = parse_object(file.read(length), f"the header of {path}", values=values, unique=True)
+    return entries, 8 + length, size, fresh
 
 
 def _no_header(path: Path, begin: bytes, length: int, size: int, fresh: bool) -> ModelError:

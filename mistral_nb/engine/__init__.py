@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from mistral_nb.engine.adapters import AdapterSource
 from mistral_nb.engine.engine import Engine, EngineInfo
 from mistral_nb.engine.grammar import Constraint
 from mistral_nb.engine.sampling import Sampling
 from mistral_nb.engine.scheduler import Generation, Token
 
-__all__ = ["Constraint", "Engine", "EngineInfo", "Generation", "Sampling", "Token"]
+__all__ = ["AdapterSource", "Constraint", "Engine", "EngineInfo", "Generation", "Sampling", "Token"]

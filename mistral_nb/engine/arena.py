@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from mistral_nb.errors import ModelError
 
-__all__ = ["Arena", "pages"]
+__all__ = ["Arena", "Reserve", "pages"]
 
 REGION = 1 << 28
 """Bytes that are asked of the system at a time. What is never written to takes no memory."""
 
 ALIGNMENT = 64
+
+NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Linux's MAP_NORESERVE: no more is promised than is there. Python has the name from 3.13 on."""
 
 
 class Arena:
@@ -33,12 +37,16 @@ class Arena:
         self._used = 0
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with nothing in it. `ModelError` when there is no memory for it."""
+        """A tensor with nothing in it. Where there is no memory for it, `torch.OutOfMemoryError` on a GPU, else
+        `ModelError`.
+        """
+        if self._device.type == "cuda":
+            return torch.empty(tuple(shape), dtype=dtype, device=self._device)
         try:
             if self._device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
                 return torch.empty(tuple(shape), dtype=dtype, device=self._device)
             return self._cut(math.prod(shape), dtype).view(tuple(shape))
-        except (OSError, MemoryError, RuntimeError) as error:  # torch raises the last on either device
+        except (OSError, MemoryError, RuntimeError) as error:  # torch raises the last
             first = str(error).partition("\n")[0]
             raise ModelError(
                 f"there is no memory for the model's weights ({first}); free some, or choose a smaller precision"
@@ -65,3 +73,36 @@ def _huge_pages(size: int) -> mmap.mmap:
     with suppress(OSError):
         region.madvise(mmap.MADV_HUGEPAGE)
     return region
+
+
+class Reserve:
+    """A tensor [n, ...] of the CPU's memory that takes none before it is written to; rows are given back one by one."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        size = max(1, math.prod(shape) * dtype.itemsize)
+        self._row = size // shape[0]
+        try:
+            if hasattr(mmap, "MAP_PRIVATE"):
+                self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+            else:
+                self._memory = mmap.mmap(-1, size)
+        except OSError as error:
+            told = f"the system gives no addresses for {size / 1e9:.1f} GB: {error.strerror}"
+            raise ModelError(f"{told}; lower --context, or raise the limit (ulimit -v)") from None
+        self.tensor = torch.frombuffer(self._memory, dtype=dtype).view(tuple(shape))
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether a row that was given back is zeros: macOS keeps what it held, and Windows takes nothing back."""
+        return sys.platform == "linux" and self._row % mmap.PAGESIZE == 0
+
+    def release(self, row: int, parts: int = 1, kept: int = 0) -> None:
+        """Give a row's memory back to the system, where it takes it, but the first `kept` bytes of each of its `parts`.
+        What it held is lost.
+        """
+        size = self._row // parts
+        for part in range(row * self._row, row * self._row + parts * size, size):
+            begin = -(-(part + kept) // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (part + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+                self._memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)

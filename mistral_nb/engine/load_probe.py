@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--packed-copy", type=Path, help="a folder for one, which is made where there is none")
     parser.add_argument("--threads", type=int, help="as many as there are CPUs where it is left out")
     parser.add_argument("--touch", type=int, default=0, help="bytes of memory to touch and give back before")
     options = parser.parse_args()
@@ -37,9 +38,12 @@ def main() -> None:
         precision=options.precision,
         threads=options.threads,
         progress=lambda done, total: told.append((done, total)),
+        packed_copy=options.packed_copy,
     )
     found["load_s"] = time.perf_counter() - began
     found["peak"], found["after"] = memory("VmHWM"), memory("VmRSS")
+    if engine._copying is not None:
+        engine._copying.wait()
     engine.close()
     print(json.dumps(found | {"reports": len(told), "last_report": told[-1]}))
 

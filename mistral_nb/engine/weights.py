@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -13,25 +12,20 @@ import torch
 from torch import Tensor
 
 from mistral_nb.checkpoints.checkpoint import Checkpoint, TensorInfo
-from mistral_nb.checkpoints.memory import Precision
-from mistral_nb.engine.arena import Arena, pages
-from mistral_nb.engine.model import FloatLinear, Int8Linear, Layer, Linear, Weights
-from mistral_nb.engine.reading import DTYPES, Part, read_parts
-from mistral_nb_kernels import reference as ops
+from mistral_nb.checkpoints.memory import OUTPUTS, Precision, int4_group
+from mistral_nb.engine.arena import Arena
+from mistral_nb.engine.device import device_kind, give_back, plain_dtype
+from mistral_nb.engine.model import Layer, Weights
+from mistral_nb.engine.packed_copy import PackedCopy, packed_tensors
+from mistral_nb.engine.quantise import Put, Quantiser, rows_into
+from mistral_nb.engine.random_weights import is_random, make_parts
+from mistral_nb.engine.reading import DTYPES, Part, ReadError, read_parts
+from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Norm, Weight
 
-__all__ = ["load_weights"]
+__all__ = ["let_go", "load_weights"]
 
 log = logging.getLogger(__name__)
 
-PLAIN: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.float32,
-}
-"""What embeddings and norms are kept in, and matrices where they are not int8."""
-
-Put = Callable[[int, Tensor], None]
 Progress = Callable[[int, int], None]
 
 
@@ -42,23 +36,47 @@ def load_weights(
     progress: Progress = lambda done, total: None,
     *,
     threads: int = 2,
+    packed_copy: PackedCopy | None = None,
 ) -> Weights:
     """Read the tensors of a checkpoint with so many threads; beside the weights this takes a few MB for each, until
     they end.
 
-    `int8` keeps one scale per output row, and all that is no matrix in fp32. `progress` gets bytes read and bytes in
-    all, and ends the work by raising. Raises `ModelError` when a file cannot be read or was changed meanwhile. No
-    exception, however long it is kept, holds any of the weights.
+    `int8` keeps one scale per output row, `int4` two numbers for each group of a row, and the head in int8; what is no
+    matrix is in fp32 then, on a GPU in 16 bits. Matrices that are in `packed_copy` are read out of it, or, where that
+    fails, which the log tells, out of the checkpoint as without it.
+
+    `progress` gets bytes read and bytes in all, and ends the work by raising. Raises `ModelError` when a file cannot be
+    read or was changed meanwhile, and where there is no memory, on a GPU `torch.OutOfMemoryError`. No exception,
+    however long it is kept, holds any of the weights.
     """
+    if packed_copy is not None:
+        try:
+            return _load_or_let_go(checkpoint, precision, device, progress, threads, packed_copy)
+        except ReadError as error:
+            if error.path != packed_copy.path:
+                raise
+            log.warning("the packed copy cannot be used: %s; it is made again", error)
+            packed_copy.remove()
+    return _load_or_let_go(checkpoint, precision, device, progress, threads, None)
+
+
+def _load_or_let_go(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    device: torch.device,
+    progress: Progress,
+    threads: int,
+    packed_copy: PackedCopy | None,
+) -> Weights:
     try:
-        return _load(checkpoint, precision, device, progress, threads)
+        return _load(checkpoint, precision, device, progress, threads, packed_copy)
     except BaseException as error:
-        _let_go(error)
+        let_go(error, device)
         raise
 
 
-def _let_go(error: BaseException) -> None:
-    """Clear what the functions that `error` and its causes went through had in hand.
+def let_go(error: BaseException, device: torch.device) -> None:
+    """Clear what the functions that `error` and its causes went through had in hand, and give its memory back.
 
     The errors of other threads are nobody's by then, but they hold themselves.
     """
@@ -66,138 +84,158 @@ def _let_go(error: BaseException) -> None:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    gc.collect()
+    give_back(device)
 
 
 def _load(
-    checkpoint: Checkpoint, precision: Precision, device: torch.device, progress: Progress, threads: int
+    checkpoint: Checkpoint,
+    precision: Precision,
+    device: torch.device,
+    progress: Progress,
+    threads: int,
+    packed_copy: PackedCopy | None,
 ) -> Weights:
     began = time.perf_counter()
-    plan = _Plan(checkpoint, precision, device)
+    plan = _Plan(checkpoint, precision, device, packed_copy)
     layers = tuple(plan.layer(f"layers.{index}.") for index in range(checkpoint.args.n_layers))
     embeddings, output = plan.embeddings_and_output()
-    weights = Weights(embeddings, layers, plan.vector("norm.weight"), output)
-    read_parts(plan.parts, progress, threads=threads, pinned=device.type == "cuda")
+    weights = Weights(embeddings, layers, plan.norm("norm.weight"), output)
+    read = make_parts if is_random(checkpoint) else read_parts
+    read(plan.parts, progress, threads=threads, device=device)
     checkpoint.check_unchanged()
     seconds = time.perf_counter() - began
-    size = checkpoint.bytes / 1e9
-    log.info("read %.2f GB in %.2f s (%.1f GB/s), as %s", size, seconds, size / seconds, precision)
+    size = sum(part.info.end - part.info.start for part in plan.parts) / 1e9
+    source = f" out of {packed_copy.path}" if packed_copy else ""
+    log.info("read %.2f GB in %.2f s (%.1f GB/s), as %s%s", size, seconds, size / seconds, precision, source)
     return weights
 
 
 class _Plan:
     """Places for the weights, and in `parts` what is to be read into them."""
 
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, precision: Precision, device: torch.device, packed_copy: PackedCopy | None
+    ) -> None:
         self.parts: list[Part] = []
         self._checkpoint = checkpoint
-        self._int8 = precision == "int8"
-        self._dtype = PLAIN[precision]
+        self._precision = precision
+        self._dtype = plain_dtype(precision, device)
         self._device = device
+        self._group = int4_group(checkpoint.args, device_kind(device))
+        self._copy = packed_copy
         self._arena = Arena(device)
-        self._scratch = _Scratch()
+        self._quantiser = Quantiser()
 
-    def vector(self, name: str) -> Tensor:
+    def norm(self, name: str) -> Norm:
         info = self._checkpoint.tensors[name]
         place = self._arena.tensor(info.shape, self._dtype)
-        self._read(info, place.view(1, -1))
-        return place
+        self._read(info, Dense(place.view(1, -1)))
+        return Norm(place, self._checkpoint.args.norm_eps)
 
     def layer(self, prefix: str) -> Layer:
         return Layer(
-            attention_norm=self.vector(prefix + "attention_norm.weight"),
-            wqkv=self._matrix(*(f"{prefix}attention.{name}.weight" for name in ("wq", "wk", "wv"))),
-            wo=self._matrix(prefix + "attention.wo.weight"),
-            ffn_norm=self.vector(prefix + "ffn_norm.weight"),
-            w13=self._matrix(*(f"{prefix}feed_forward.{name}.weight" for name in ("w1", "w3"))),
-            w2=self._matrix(prefix + "feed_forward.w2.weight"),
+            attention_norm=self.norm(prefix + "attention_norm.weight"),
+            wqkv=self._matrix(prefix + "wqkv", *(f"{prefix}attention.{name}.weight" for name in ("wq", "wk", "wv"))),
+            wo=self._matrix(prefix + "wo", prefix + "attention.wo.weight"),
+            ffn_norm=self.norm(prefix + "ffn_norm.weight"),
+            w13=self._matrix(prefix + "w13", *(f"{prefix}feed_forward.{name}.weight" for name in ("w1", "w3"))),
+            w2=self._matrix(prefix + "w2", prefix + "feed_forward.w2.weight"),
         )
 
-    def embeddings_and_output(self) -> tuple[Tensor, Linear]:
+    def embeddings_and_output(self) -> tuple[Tensor, Weight]:
         """Tied ones share their memory; in int8, where they cannot, both are made of one reading."""
         info = self._checkpoint.tensors["tok_embeddings.weight"]
-        embeddings = self._arena.tensor(info.shape, self._dtype)
+        embeddings = Dense(self._arena.tensor(info.shape, self._dtype))
         if not self._checkpoint.args.tied_embeddings:
             self._read(info, embeddings)
-            return embeddings, self._matrix("output.weight")
-        if not self._int8:
+            return embeddings.weight, self._matrix("output", "output.weight")
+        if self._precision not in ("int8", "int4"):
             self._read(info, embeddings)
-            return embeddings, FloatLinear(embeddings)
-        output = self._int8_matrix(*info.shape)
-        plain, quantised = _rows_into(embeddings), self._quantised_into(output)
+            return embeddings.weight, embeddings
+        output = self._place(info.shape, "int8")
+        if self._copied("output", output):
+            self._read(info, embeddings)
+            return embeddings.weight, output
+        plain, quantised = rows_into(embeddings.weight), self._quantiser.into(output)
 
         def put(first: int, rows: Tensor) -> None:
             plain(first, rows)
             quantised(first, rows)
 
         self.parts.append(Part(info, put))
-        return embeddings, output
+        return embeddings.weight, output
 
-    def _matrix(self, *names: str) -> Linear:
-        """The tensors of these names, one below the other."""
+    def _matrix(self, key: str, *names: str) -> Weight:
+        """The tensors of these names, one below the other; the model's matrix `key`."""
         infos = [self._checkpoint.tensors[name] for name in names]
         shape = sum(info.shape[0] for info in infos), infos[0].shape[1]
-        matrix = self._int8_matrix(*shape) if self._int8 else FloatLinear(self._arena.tensor(shape, self._dtype))
+        matrix = self._place(shape, "int8" if key == "output" and self._precision == "int4" else self._precision)
+        if self._copied(key, matrix):
+            return matrix
         start = 0
         for name, info in zip(names, infos, strict=True):
             rows = slice(start, start + info.shape[0])
             interleaved = self._checkpoint.interleaved and name.endswith(("wq.weight", "wk.weight"))
-            if isinstance(matrix, FloatLinear):
-                self._read(info, matrix.weight[rows], interleaved=interleaved)
-            else:
-                part = Int8Linear(matrix.weight[rows], matrix.scale[rows])
-                self._add(info, self._quantised_into(part), interleaved)
+            self._read(info, _part(matrix, rows), interleaved=interleaved)
             start = rows.stop
         return matrix
 
-    def _int8_matrix(self, outputs: int, inputs: int) -> Int8Linear:
-        assert inputs % 32 == 0
-        values = self._arena.tensor((outputs, inputs), torch.int8)
-        return Int8Linear(values, self._arena.tensor((outputs,), torch.float32))
+    def _place(self, shape: tuple[int, ...], precision: Precision) -> Weight:
+        outputs, inputs = shape
+        if precision == "int8":
+            values = self._arena.tensor((outputs, inputs), torch.int8)
+            return Int8(values, self._arena.tensor((outputs,), torch.float32))
+        if precision != "int4":
+            return Dense(self._arena.tensor(shape, self._dtype))
+        assert self._group, "check_fits refuses such a model"
+        packed = self._arena.tensor((outputs, inputs // 2), torch.uint8)
+        pairs = (inputs // self._group, outputs, 2)
+        if self._device.type == "cpu":
+            return Int4Cpu(packed, self._arena.tensor(pairs, torch.bfloat16), self._group)
+        return Int4(packed, self._arena.tensor(pairs, torch.float16), self._group)
 
-    def _read(self, info: TensorInfo, place: Tensor, *, interleaved: bool = False) -> None:
-        as_it_is = self._device.type == "cpu" and DTYPES[info.dtype] == place.dtype and not interleaved
-        self._add(info, _rows_into(place), interleaved, place if as_it_is else None)
+    def _copied(self, key: str, place: Weight) -> bool:
+        """Whether the packed copy, if there is one, has this matrix: then its tensors are read as they are."""
+        if self._copy is None:
+            return False
+        tensors = packed_tensors(key, place)
+        self.parts += [Part(self._copy.find(name, tensor), _nowhere, tensor) for name, tensor in tensors]
+        return bool(tensors)
 
-    def _add(self, info: TensorInfo, put: Put, interleaved: bool, direct: Tensor | None = None) -> None:
-        head_dim = self._checkpoint.args.head_dim
+    def _read(self, info: TensorInfo, place: Weight, *, interleaved: bool = False) -> None:
+        """Rows of the checkpoint into `place`; what needs no change goes straight there."""
+        put = self._quantiser.into(place)
+        step = OUTPUTS if isinstance(place, Int4Cpu) else 1
         if interleaved:
-            self.parts.append(Part(info, lambda first, rows: put(first, _half_split(rows, head_dim)), step=head_dim))
+            head_dim = self._checkpoint.args.head_dim
+            split = _half_split(put, head_dim)
+            self.parts.append(Part(info, split, step=math.lcm(step, head_dim)))
+        elif isinstance(place, Dense) and DTYPES[info.dtype] == place.weight.dtype:
+            self.parts.append(Part(info, _nowhere, place.weight))
         else:
-            self.parts.append(Part(info, put, direct))
-
-    def _quantised_into(self, place: Int8Linear) -> Put:
-        def put(first: int, rows: Tensor) -> None:
-            quotients = self._scratch.copy(rows).view(-1, rows.shape[-1])
-            block = slice(first, first + len(quotients))
-            ops.quantize_int8(quotients, out=(place.weight[block], place.scale[block]))
-
-        return put
+            self.parts.append(Part(info, put, step=step))
 
 
-def _rows_into(place: Tensor) -> Put:
-    def put(first: int, rows: Tensor) -> None:
-        block = place[first : first + rows.numel() // rows.shape[-1]]
-        block.view(rows.shape).copy_(rows.to(place.device))
+def _part(place: Weight, rows: slice) -> Weight:
+    """Some of the rows of a matrix."""
+    match place:
+        case Dense(weight):
+            return Dense(weight[rows])
+        case Int8(values, scale):
+            return Int8(values[rows], scale[rows])
+        case Int4Cpu(packed, affine, group):
+            return Int4Cpu(packed[rows], affine[:, rows], group)
+        case Int4(packed, affine, group):
+            return Int4(packed[rows], affine[:, rows], group)
 
-    return put
 
-
-def _half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """A view of rows of whole heads [heads * head_dim, in], whose rotated pairs are neighbours, with a pair's halves
-    apart: [heads, 2, head_dim / 2, in].
+def _half_split(put: Put, head_dim: int) -> Put:
+    """Takes rows of whole heads [heads * head_dim, in], whose rotated pairs are neighbours, and puts them with a pair's
+    halves apart: a view [heads, 2, head_dim / 2, in].
     """
-    return rows.view(-1, head_dim // 2, 2, rows.shape[-1]).transpose(1, 2)
+    return lambda first, rows: put(first, rows.view(-1, head_dim // 2, 2, rows.shape[-1]).transpose(1, 2))
 
 
-class _Scratch(threading.local):
-    """fp32 memory of each thread, used again for every block: given back, what malloc takes in a thread stays there."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def copy(self, rows: Tensor) -> Tensor:
-        """`rows` in fp32, until the next call in this thread."""
-        if len(self._memory) < rows.numel():
-            self._memory = pages(4 * rows.numel()).view(torch.float32)
-        return self._memory[: rows.numel()].view(rows.shape).copy_(rows)
+def _nowhere(first: int, rows: Tensor) -> None:
+    """For what goes straight to its place."""
+    raise AssertionError("not in rows")

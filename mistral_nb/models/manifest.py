@@ -15,6 +15,7 @@ from mistral_nb.errors import ModelError
 
 __all__ = [
     "MANIFEST",
+    "PACKED",
     "FileEntry",
     "Manifest",
     "damage",
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 MANIFEST = "mistral_nb.json"
+PACKED = "mistral_nb_packed"
+"""The folder in a model's own where the engine keeps what it has converted."""
 FORMAT = 2
 
 
@@ -91,11 +94,13 @@ def is_newer(folder: Path) -> bool:
 
 
 def strangers(folder: Path) -> list[str]:
-    """The files in a folder that its manifest, of whatever format, does not name, sorted: no pull brought those."""
+    """The files in a folder that its manifest, of whatever format, does not name, sorted: no pull brought those, nor
+    did the engine.
+    """
     named = _content(folder).get("files")
     known = {MANIFEST, *(named if isinstance(named, dict) else ())}
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    return sorted(here - known)
+    return sorted(name for name in here - known if not name.startswith(f"{PACKED}/"))
 
 
 def _content(folder: Path) -> dict[str, Any]:

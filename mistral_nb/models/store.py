@@ -25,7 +25,7 @@ from mistral_nb.checkpoints.untrusted import readable
 from mistral_nb.errors import ModelError, UnknownModel
 from mistral_nb.locks import StartLock
 from mistral_nb.models.known import BY_NAME, KNOWN, find_known
-from mistral_nb.models.manifest import MANIFEST, Manifest, damage, is_newer, read_manifest, strangers
+from mistral_nb.models.manifest import MANIFEST, PACKED, Manifest, damage, is_newer, read_manifest, strangers
 from mistral_nb.models.staging import file_sha256, staging_path
 from mistral_nb.progress import Progress
 
@@ -41,6 +41,7 @@ __all__ = [
     "locate",
     "locate_in_store",
     "lock_path",
+    "packed_folder",
     "removable",
     "remove",
     "store_folder",
@@ -90,6 +91,17 @@ def store_folder(name: str) -> Path:
         return store / name
     spellings = {spelling.lower() for spelling in (known.name, *known.aliases, known.hub_id.partition("/")[2])}
     return store / next((entry for entry in _entries() if entry.lower() in spellings), name)
+
+
+def packed_folder(name: str) -> Path | None:
+    """The folder for the packed copies of a model in the store: in the model's own, so that they go where it goes.
+
+    None for a folder elsewhere and for a link to one, which are the user's own.
+    """
+    if Path(name).is_absolute():
+        return None
+    folder = store_folder(name)
+    return None if folder.is_symlink() else folder / PACKED
 
 
 def is_hub_id(name: str) -> bool:

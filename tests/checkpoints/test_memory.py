@@ -16,32 +16,33 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from mistral_nb.checkpoints import ModelArgs, check_fits, choices_that_fit, estimate
-from mistral_nb.checkpoints.memory import CHUNK, Precision
-from mistral_nb.engine import Engine
-from mistral_nb.engine.engine import PREFILL_CHUNK
-from mistral_nb.engine.kv_cache import KVCache
+from mistral_nb.checkpoints import ModelArgs, check_fits, choices_that_fit, estimate, open_checkpoint
+from mistral_nb.checkpoints.memory import CHUNKS, Precision, Selection, int4_group, ran_out, runs, select
+from mistral_nb.engine.graphs import GraphRunner
+from mistral_nb.engine.kv_pool import KVPool
+from mistral_nb.engine.runner import DirectRunner
+from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ModelError
 from tests.checkpoints import tiny
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
 MISTRAL_7B = ModelArgs(4096, 32, 32, 8, 128, 14336, 32768, 1e-5, 1e6, 32768)
 SIZES: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 256}
 MODELS = {
     "mistral": (
         MistralForCausalLM,
         MistralConfig(
-            **SIZES, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+            **SIZES, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=32
         ),
     ),
     "llama, tied": (
         LlamaForCausalLM,
         LlamaConfig(
             **SIZES,
-            hidden_size=96,
-            intermediate_size=160,
+            hidden_size=192,
+            intermediate_size=320,
             num_attention_heads=6,
-            num_key_value_heads=3,
+            num_key_value_heads=2,
             tie_word_embeddings=True,
         ),
     ),
@@ -68,17 +69,13 @@ def allocated(value: Any) -> int:
 
 
 def compare(folder: Path, precision: Precision) -> None:
-    args = ModelArgs.from_folder(folder)
-    engine = Engine.load(folder, device="cpu", precision=precision)
-    try:
-        model = engine._model
-        expected = estimate(args, precision, 200, "cpu")
-        assert allocated(model.weights) == expected.weights
-        cache = model.new_cache(200)
-        assert allocated(list(vars(cache).values())) == expected.kv
-        assert KVCache.bytes_per_token(args, model.dtype) * 200 == expected.kv
-    finally:
-        engine.close()
+    checkpoint = open_checkpoint(folder)
+    weights = load_weights(checkpoint, precision, torch.device("cpu"))
+    expected = estimate(checkpoint.args, precision, 256, "cpu")
+    assert allocated(weights) == expected.weights
+    args = dataclasses.replace(checkpoint.args, context=256)
+    pool = KVPool(args, 1, 256, weights.tok_embeddings.dtype, torch.device("cpu"))
+    assert pool._data[0].nbytes == expected.kv
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -89,13 +86,13 @@ def test_tiny_models(kind: str, precision: Precision, tmp_path: Path) -> None:
     compare(tmp_path, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_embedded_model(precision: Precision, embedded: Path) -> None:
     compare(embedded, precision)
 
 
 def test_the_chunk_is_the_engines() -> None:
-    assert CHUNK == PREFILL_CHUNK
+    assert {"cpu": DirectRunner.chunk, "cuda": GraphRunner.chunk} == CHUNKS
 
 
 def test_mistral_7b() -> None:
@@ -110,6 +107,13 @@ def test_mistral_7b() -> None:
     vectors = 65 * 4096
     embeddings = 32768 * 4096
     assert int8.weights == (weights - vectors - embeddings) + 4 * rows + 4 * (vectors + embeddings)
+    on_gpu = estimate(MISTRAL_7B, "int8", 32768, "cuda")
+    assert on_gpu.weights == int8.weights - 2 * (vectors + embeddings)
+    assert on_gpu.kv == bf16.kv
+    matrices, head = weights - vectors - 2 * embeddings, embeddings + 4 * 32768
+    for device, bits, plain in (("cpu", 5, 4), ("cuda", 4.5, 2)):
+        int4 = estimate(MISTRAL_7B, "int4", 1024, device)  # type: ignore[arg-type]
+        assert int4.weights == matrices * bits / 8 + head + plain * (vectors + embeddings)
 
 
 _FILL = """
@@ -127,7 +131,7 @@ engine.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "int4"])
 def test_a_full_context_takes_what_was_estimated(precision: Precision, embedded: Path) -> None:
     """By the process's peak, beside interpreter and torch: no more, and up to 10% less."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -140,7 +144,12 @@ def test_a_full_context_takes_what_was_estimated(precision: Precision, embedded:
 def test_choices() -> None:
     free = 17_000_000_000
     choices = choices_that_fit(MISTRAL_7B, free, "cuda")
-    assert [(choice.precision, choice.context) for choice in choices] == [("bf16", 8192), ("fp16", 8192)]
+    assert [(choice.precision, choice.context) for choice in choices] == [
+        ("bf16", 8192),
+        ("fp16", 8192),
+        ("int8", 32768),
+        ("int4", 32768),
+    ]
     assert all(choice.total <= free for choice in choices)
     assert estimate(MISTRAL_7B, "bf16", 16384, "cuda").total > free
     assert [c.precision for c in choices_that_fit(MISTRAL_7B, 60_000_000_000, "cpu")] == list(PRECISIONS)
@@ -167,29 +176,115 @@ def test_what_fits_and_what_does_not() -> None:
     message = str(caught.value)
     assert "in bf16 with a context of 32768 tokens (weights 14.5 GB, KV 4.3 GB, workspace" in message
     assert "the GPU has 17.0 GB free" in message
-    assert message.endswith("; what fits: --precision bf16 --context 8192 (16.4 GB)")
-    with pytest.raises(ModelError, match=r"--precision int8 --context 8192 \(\d+\.\d GB\)$"):
+    assert message.endswith(
+        "; what fits: --precision bf16 --context 8192 (16.0 GB) or --precision int8 --context 32768 (12.1 GB) or "
+        "--precision int4 --context 32768 (9.0 GB)"
+    )
+    with pytest.raises(ModelError, match=r"--precision int8 --context 8192 \(\d+\.\d GB\) or --precision int4"):
         check_fits(MISTRAL_7B, "fp32", 32768, "cpu", 10_500_000_000)
     with pytest.raises(ModelError, match="no precision fits with a context of 1024: free memory or choose a smaller"):
         check_fits(MISTRAL_7B, "int8", 32768, "cpu", 2_000_000_000)
-    with pytest.raises(ModelError, match=r"what fits: --precision fp16 --context 8192 \(16.4 GB\)$"):
+    with pytest.raises(ModelError, match=r"what fits: --precision fp16 --context 8192 \(16.0 GB\) or"):
         check_fits(MISTRAL_7B, "fp16", 32768, "cuda", 17_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("free", "left", "advice"),
+    [
+        (17.0, ", and the GPU has 17.0 GB free now", "what fits: --precision bf16 --context 8192 (16.0 GB) or "),
+        (22.0, ", and the GPU has 22.0 GB free now", "what fits: --precision bf16 --context 16384 (17.0 GB) or "),
+        (None, "", "what fits: --precision bf16 --context 16384 (17.0 GB) or "),
+        (
+            4.0,
+            ", and the GPU has 4.0 GB free now",
+            "nothing fits there, but on the CPU: --device cpu --precision int8 ",
+        ),
+    ],
+)
+def test_where_memory_runs_out_less_is_told_of(free: float | None, left: str, advice: str) -> None:
+    """Less than what has just not fitted, though as much may be free by now."""
+    message = str(ran_out(MISTRAL_7B, "bf16", 32768, "cuda", None if free is None else int(free * 1e9), 13 * 10**9))
+    assert message.startswith("memory of the GPU ran out while the model was loaded; the model needs 19.2 GB in bf16 ")
+    assert f"(weights 14.5 GB, KV 4.3 GB, workspace 0.4 GB){left}; {advice}" in message
 
 
 def test_what_fits_on_no_gpu_may_fit_on_the_cpu() -> None:
     with pytest.raises(ModelError) as caught:
-        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 8_000_000_000, 18_000_000_000)
+        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 4_000_000_000, 18_000_000_000)
     message = str(caught.value)
-    assert "the GPU has 8.0 GB free; nothing fits there, but on the CPU: --device cpu --precision bf16" in message
+    assert "the GPU has 4.0 GB free; nothing fits there, but on the CPU: --device cpu --precision bf16" in message
     assert " or --device cpu --precision int8 --context 32768 (" in message
     with pytest.raises(ModelError, match="no precision fits with a context of 1024: free memory"):
-        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 8_000_000_000, 2_000_000_000)
+        check_fits(MISTRAL_7B, "bf16", 32768, "cuda", 4_000_000_000, 2_000_000_000)
 
 
-def test_int8_is_refused_where_it_does_not_run() -> None:
+def test_a_precision_is_refused_where_it_does_not_run() -> None:
     args = dataclasses.replace(MISTRAL_7B, dim=4080)
-    with pytest.raises(ModelError, match="a multiple of 32 inputs, not 4080; choose bf16, fp32 or auto"):
+    with pytest.raises(ModelError, match="int8 needs matrices with a multiple of 32 inputs, not 4080; choose bf16"):
         check_fits(args, "int8", 1024, "cpu", None)
+    few = dataclasses.replace(MISTRAL_7B, n_kv_heads=1, head_dim=32)
+    assert runs(few, "int8", "cpu")
+    with pytest.raises(ModelError, match="int4 needs matrices with a multiple of 64 outputs, not 32; choose bf16"):
+        check_fits(few, "int4", 1024, "cpu", None)
+    odd = dataclasses.replace(MISTRAL_7B, hidden_dim=14368)
+    with pytest.raises(ModelError, match="int4 needs matrices with a multiple of 64 inputs, not 14368; choose bf16"):
+        check_fits(odd, "int4", 1024, "cuda", None)
+
+
+def test_groups_of_int4() -> None:
+    """On a GPU two of them make a block, of which a row has whole ones."""
+    args = MISTRAL_7B
+    assert [int4_group(args, device) for device in ("cpu", "cuda")] == [32, 64]  # type: ignore[arg-type]
+    assert int4_group(dataclasses.replace(args, hidden_dim=14336 + 64), "cuda") == 32
+    assert int4_group(dataclasses.replace(args, hidden_dim=14336 + 32), "cuda") == 0
+
+
+ON_A_GPU: tuple[Precision, ...] = ("bf16", "int8", "int4")
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "precision", "context", "why"),
+    [
+        (None, None, "bf16", 32768, ""),
+        (24, None, "bf16", 32768, ""),
+        (
+            15.6,
+            None,
+            "int8",
+            32768,
+            "int8, since bf16 needs 19.2 GB with a context of 32768 tokens and 15.6 GB are free",
+        ),
+        (
+            10.0,
+            None,
+            "int4",
+            32768,
+            "int4, since bf16 needs 19.2 GB with a context of 32768 tokens and 10.0 GB are free",
+        ),
+        (
+            *(7.6, None, "int4", 16384),
+            "int4 and 16384 tokens, since bf16 needs 19.2 GB with a context of 32768 tokens and 7.6 GB are free",
+        ),
+        (15.6, 2048, "bf16", 2048, ""),
+        (15.0, 2048, "int8", 2048, "int8, since bf16 needs 15.1 GB with a context of 2048 tokens and 15.0 GB are free"),
+        (7.6, 30000, "bf16", 30000, ""),
+        (3.0, None, "bf16", 32768, ""),
+        (24, 1 << 20, "bf16", 32768, ""),
+    ],
+)
+def test_what_auto_takes(free: float | None, asked: int | None, precision: Precision, context: int, why: str) -> None:
+    """Cards of 8 and 16 GB get an answer. What fits in no way is left to `check_fits`; an asked context is kept."""
+    bytes_free = None if free is None else int(free * 1e9)
+    found = select(MISTRAL_7B, ON_A_GPU, "cuda", bytes_free, context=asked)
+    assert found == Selection(precision, context, why)
+    if free is not None and (why or (precision == "bf16" and free > 20)):
+        check_fits(MISTRAL_7B, found.precision, found.context, "cuda", bytes_free)
+
+
+def test_auto_passes_over_what_does_not_run() -> None:
+    odd = dataclasses.replace(MISTRAL_7B, hidden_dim=14368)
+    assert select(odd, ON_A_GPU, "cuda", 7_600_000_000) == Selection("bf16", 32768)
+    assert select(odd, ON_A_GPU, "cuda", 15_000_000_000).precision == "int8"
 
 
 def test_the_largest_context_is_the_largest() -> None:

@@ -90,7 +90,7 @@ def watched(folders: list[Path]) -> dict[str, Refusal]:
     """Describe the folders in a new process; by the folders' names."""
     program = WATCHER.replace("ROOT", repr(str(ROOT)), 1)
     command = [sys.executable, "-c", program, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return {name: Refusal(folder=_named(folders, name), **entry) for name, entry in json.loads(done.stdout).items()}
 

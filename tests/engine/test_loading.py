@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,17 +20,18 @@ import torch
 from safetensors.torch import load_file
 
 from mistral_nb.bench_load import make_checkpoint
-from mistral_nb.checkpoints import open_checkpoint
+from mistral_nb.checkpoints import ModelArgs, open_checkpoint
 from mistral_nb.checkpoints.memory import Precision, estimate
-from mistral_nb.engine import Engine
+from mistral_nb.engine import Engine, assembly, weights
 from mistral_nb.engine.arena import Arena
 from mistral_nb.engine.load_probe import memory
+from mistral_nb.engine.model import Weights
+from mistral_nb.engine.reading import Part, read_parts
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ConfigurationError, ModelError
-from mistral_nb.hardware import host_memory
 from mistral_nb_kernels import reference as ops
 from tests.checkpoints.tiny import hugging_face, sharded
-from tests.engine.sparse_checkpoint import BYTES_A_LAYER, LARGEST, sparse_checkpoint
+from tests.engine.sparse_checkpoint import BYTES_A_LAYER, memory_to_exceed, sparse_checkpoint
 
 CPU = torch.device("cpu")
 WITH_TORCH, BESIDE, KEPT = 300_000_000, 100_000_000, 70_000_000
@@ -45,7 +47,7 @@ def two_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize(("precision", "threads"), [("bf16", 2), ("int8", 8), ("fp32", 2)])
+@pytest.mark.parametrize(("precision", "threads"), [("bf16", 2), ("int8", 8), ("int4", 8), ("fp32", 2)])
 def test_a_loading_takes_little_more_than_the_weights(two_gigabytes: Path, precision: Precision, threads: int) -> None:
     """The whole process with interpreter and torch, of which a CUDA build is larger; in bf16 the weights are the
     checkpoint's bytes.
@@ -83,7 +85,7 @@ def test_int8_does_not_depend_on_the_blocks_that_it_is_made_of(embedded: Path) -
     for name, stacked in parts.items():
         matrix = weights.output if name == "output" else getattr(weights.layers[7], name)
         values, scale = ops.quantize_int8(torch.cat([tensors[f"{part}.weight"] for part in stacked]).float())
-        assert torch.equal(matrix.weight, values), name
+        assert torch.equal(matrix.values, values), name
         assert torch.equal(matrix.scale, scale), name
     assert torch.equal(weights.tok_embeddings, tensors["model.embed_tokens.weight"].float())
 
@@ -192,17 +194,69 @@ def test_a_file_that_disappears(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_taken(embedded: Path, tmp_path: Path) -> None:
-    """A model with weights of three times the free memory in fp32, and of 0.75 times in int8; then one of 2 in int8."""
-    found = host_memory()
-    if found is None or found.free > LARGEST:
-        pytest.skip(f"needs a system that tells its free memory, of at most {LARGEST / 1e9:.0f} GB")
+    """A model with weights of twice the memory in fp32, and of half of it in int8; then one of 2 in int8."""
+    memory = memory_to_exceed()
     told: list[int] = []
-    for layers, fits in ((3 * found.free // (2 * BYTES_A_LAYER), True), (4 * found.free // BYTES_A_LAYER, False)):
+    for layers, fits in ((memory // BYTES_A_LAYER, True), (4 * memory // BYTES_A_LAYER, False)):
         folder = sparse_checkpoint(tmp_path / str(layers), embedded, layers)
         with pytest.raises(ModelError, match="the model needs") as caught:
             Engine.load(folder, device="cpu", precision="fp32", progress=lambda done, total: told.append(done))
         assert ("what fits: --precision int8 --context" in str(caught.value)) is fits
     assert told == []
+
+
+TRIED = "CUDA out of memory. Tried to allocate 4.00 GiB."
+
+
+def test_memory_that_runs_out_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights or of the pages: the message says what would take less, and the exception holds no weights."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def no_pages(args: ModelArgs, made: Weights, *arguments: object) -> None:
+        kept.append(weakref.ref(made.layers[0].wo.weight))  # type: ignore[union-attr]
+        raise torch.OutOfMemoryError(TRIED)
+
+    def half_read(parts: list[Part], *arguments: object, **options: object) -> None:
+        kept.append(weakref.ref(parts[0].direct if parts[0].direct is not None else torch.empty(0)))
+        read_parts(parts[:5], *arguments, **options)  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError(TRIED)
+
+    folder = hugging_face(tmp_path / "model")
+    for module, name, fault in ((assembly, "_runner", no_pages), (weights, "read_parts", half_read)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fault)
+            with pytest.raises(ModelError) as caught:
+                Engine.load(folder, device="cpu", precision="bf16", context=2000)
+        message = str(caught.value)
+        assert message.startswith("memory of this machine ran out while the model was loaded; the model needs ")
+        assert " in bf16 with a context of 2000 tokens (weights " in message
+        assert " free now; what fits: --precision " in message
+        assert "--precision bf16 --context 1024 (" in message
+        assert kept.pop()() is None
+        assert caught.value.__context__
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), torch.OutOfMemoryError(TRIED), None])
+def test_a_gpu_has_its_memory_back_from_a_loading_that_fails(
+    tmp_path: Path, fault: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the weights are gone. A loading that succeeds keeps torch's memory, for what comes next."""
+    given: list[bool] = []
+    first: list[weakref.ref[torch.Tensor]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(first[0]() is None))
+    monkeypatch.setattr(weights, "plain_dtype", lambda precision, device: torch.bfloat16)
+    monkeypatch.setattr(weights, "Arena", lambda device: Arena(CPU))
+
+    def read(parts: list[Part], progress: object, **options: object) -> None:
+        first.append(weakref.ref(parts[0].direct if parts[0].direct is not None else torch.empty(0)))
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(weights, "read_parts", read)
+    checkpoint = open_checkpoint(hugging_face(tmp_path / "model"))
+    with pytest.raises(type(fault)) if fault else nullcontext():
+        load_weights(checkpoint, "bf16", torch.device("cuda"))
+    assert given == ([True] if fault else [])
 
 
 def test_a_shorter_context_is_what_the_engine_has(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 import mistral_nb_kernels  # noqa: E402
 from mistral_nb_kernels import Ops, PagedKV, Rows, configs, reference, tune  # noqa: E402
-from mistral_nb_kernels.bench import attention_cases, timing  # noqa: E402
+from mistral_nb_kernels.bench import TUNABLES, attention_cases, timing  # noqa: E402
 from mistral_nb_kernels.bench.exactness import exact  # noqa: E402
 from mistral_nb_kernels.bench.results import Plot, Results  # noqa: E402
 from mistral_nb_kernels.configs import Config  # noqa: E402
@@ -250,7 +250,7 @@ def test_500_replays_give_the_same_bits(batch: int, t: int) -> None:
 def test_the_tuner_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "configs.json"
     configs.write(tuple(replace(row, measured=None) for row in configs.read()), table)
-    few = replace(attention_cases.TUNABLES[0], first=(Config(2), Config(8)))
+    few = replace(TUNABLES[0], first=(Config(2), Config(8)))
     monkeypatch.setattr(tune, "TUNABLES", (few,))
     monkeypatch.setattr(sys, "argv", ["tune", "--op", "rope_write", "--width", "64", "--table", str(table)])
     tune.main()

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,20 @@ from mistral_nb_kernels import Ops, Parameters, Penalties, reference  # noqa: E4
 from mistral_nb_kernels.bench import linear_cases, sampling_cases, timing  # noqa: E402
 from mistral_nb_kernels.bench.exactness import exact  # noqa: E402
 from mistral_nb_kernels.bench.results import Plot, Results  # noqa: E402
-from mistral_nb_kernels.packed import Dense, Int4, Int8, Lora, LoraRows, Norm, Weight, dequantize  # noqa: E402
+from mistral_nb_kernels.packed import LoraRows, Norm  # noqa: E402
+from tests.gpu.linear_inputs import (  # noqa: E402
+    KINDS,
+    SANITIZED,
+    adapters,
+    between_nan,
+    captured,
+    doubled,
+    fused_layer,
+    on_the_cpu,
+    scales,
+    slots,
+    weights,
+)
 from tests.kernels.chi_square import assert_drawn_from  # noqa: E402
 
 # what other packages warn of on a host is no fault of the kernels
@@ -33,7 +46,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DEVICE = torch.device("cuda")
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [HALF, BF16, FP32]
-KINDS = {**linear_cases.KINDS, "int4 g64": functools.partial(linear_cases.int4, 64)}
 COMBINATIONS = [
     *((kind, BF16) for kind in KINDS),
     *(("dense", HALF), ("int8", HALF), ("int4 g32", HALF), ("int4 g128", HALF), ("dense", FP32)),
@@ -79,82 +91,9 @@ def served() -> torch.dtype:
     return HALF if torch.cuda.get_device_capability() < (8, 0) else BF16
 
 
-def between_nan(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random rows, 16-byte aligned, with NaN on both sides."""
-    wide = torch.full((*shape[:-1], shape[-1] + 24), torch.nan, dtype=dtype, device=DEVICE)
-    wide[..., 8:-16] = torch.randn(shape, device=DEVICE)
-    return wide[..., 8:-16]
-
-
-def doubled(x: Any) -> Any:
-    """The same in fp64, weights dequantised."""
-    if isinstance(x, torch.Tensor):
-        return x.double() if x.is_floating_point() else x
-    if isinstance(x, Dense | Int8 | Int4):
-        return Dense(dequantize(x, torch.float64))
-    if dataclasses.is_dataclass(x):
-        return type(x)(**{field.name: doubled(getattr(x, field.name)) for field in dataclasses.fields(x)})
-    return x
-
-
 def is_exact(op: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], *inputs: Any, **how: Any) -> None:
     """Against the reference `plain` on the same inputs, and in fp64."""
     exact(op(*inputs, **how), plain(*inputs, **how), plain(*map(doubled, inputs), **{k: doubled(how[k]) for k in how}))
-
-
-def weights(kind: str, outputs: int, inputs: int, dtype: torch.dtype) -> Weight:
-    """Of at least so many inputs."""
-    unit = 2 * int(kind.partition(" g")[2]) if kind.startswith("int4") else 1
-    return KINDS[kind](outputs, -(-inputs // unit) * unit, dtype, DEVICE)
-
-
-def adapters(inputs: int, ends: Sequence[int], ranks: Sequence[int], dtype: torch.dtype) -> Lora:
-    """Slots of those ranks, padded with zeros to the largest; one of rank 0 is NaN."""
-    rank, parts = max(ranks), len(ends)
-    a = torch.randn(len(ranks), parts, rank, inputs, device=DEVICE) * inputs**-0.5
-    b = between_nan(len(ranks), ends[-1], rank, dtype=dtype)
-    for slot, own in enumerate(ranks):
-        a[slot, :, own:], b[slot, :, own:] = 0, 0
-        if own == 0:
-            a[slot], b[slot] = torch.nan, torch.nan
-    return Lora(a.flatten(1, 2).to(dtype), b, torch.arange(len(ranks), device=DEVICE) + 0.5, tuple(ends))
-
-
-def slots(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A linear layer's call."""
-
-    x: torch.Tensor
-    weight: Weight
-    norm: Norm
-    residual: torch.Tensor
-    gated: bool
-    lora: LoraRows
-
-    def __call__(self, linear: Callable[..., torch.Tensor]) -> torch.Tensor:
-        how = {"norm": self.norm, "residual": self.residual, "gated": self.gated, "lora": self.lora}
-        return linear(self.x, self.weight, **how)
-
-    def of(self, rows: Any) -> Layer:
-        lora = dataclasses.replace(self.lora, slots=self.lora.slots[rows], shrunk=self.lora.shrunk[rows])
-        return dataclasses.replace(self, x=self.x[rows], residual=self.residual[rows], lora=lora)
-
-
-def fused_layer(kind: str, n: int, hidden: int, inputs: int, dtype: torch.dtype, gated: bool) -> Layer:
-    """With all that is fused; a slot that no row names and what rows without an adapter have is NaN."""
-    weight = weights(kind, hidden * (1 + gated), inputs, dtype)
-    x = between_nan(n, weight.shape[1], dtype=dtype)
-    ends = (hidden, 2 * hidden) if gated else (hidden // 2, hidden - 1, hidden)
-    which = slots(*((-1, 2, 0)[row % 3] for row in range(n)))
-    shrunk = between_nan(n, 17 * len(ends), dtype=FP32)
-    shrunk[which < 0] = torch.nan
-    lora = LoraRows(adapters(1, ends, (17, 0, 17), dtype), which, shrunk)
-    norm = Norm((torch.rand(x.shape[1], device=DEVICE) + 0.5).to(dtype), 1e-5)
-    return Layer(x, weight, norm, between_nan(n, hidden, dtype=dtype), gated, lora)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), COMBINATIONS)
@@ -198,24 +137,24 @@ def test_adapters_are_exact_and_equal_merged_weights(many: bool, dtype: torch.dt
     """Of ranks 1, 7, 16, 64 and none among them in a batch; in the form for many rows both halves together."""
     lora = adapters(DIM, LORA_ENDS, RANKS, dtype)
     which = slots(*(SEQUENCES if many else (0, -1, 4, 3, 4, -1, 1, 0)))
-    x = between_nan(len(which), DIM, dtype=dtype)
+    x, scale = between_nan(len(which), DIM, dtype=dtype), scales(which)
     base = (torch.randn(LORA_ENDS[-1], DIM, device=DEVICE) * DIM**-0.5).to(dtype)
     kernels = ops(dtype)
     if not many:
         norm = Norm((torch.rand(DIM, device=DEVICE) + 0.5).to(dtype), 1e-5)
         for how in ({}, {"norm": norm}):
-            is_exact(kernels.lora_shrink, reference.lora_shrink, x, lora, which, **how)
-    shrunk = kernels.lora_shrink(x, lora, which)
+            is_exact(kernels.lora_shrink, reference.lora_shrink, x, lora, which, scale, **how)
+    shrunk = kernels.lora_shrink(x, lora, which, scale)
     assert not shrunk[which < 0].any()
     y = x @ base.t()
-    plain = reference.lora_expand(reference.lora_shrink(x, lora, which), lora, which, y.clone())
+    plain = reference.lora_expand(reference.lora_shrink(x, lora, which, scale), lora, which, y.clone())
     truth = y.double()
     for row, slot in enumerate(which.tolist()):
         if slot >= 0:
             parts = lora.a[slot].double().unflatten(0, (len(LORA_ENDS), -1)) @ x[row].double()
             b = lora.b[slot].double().tensor_split(LORA_ENDS[:-1])
             update = torch.cat([matrix @ part for matrix, part in zip(b, parts, strict=True)])
-            truth[row] += update * float(lora.scale[slot])
+            truth[row] += update * float(scale[row])
     got = kernels.lora_expand(shrunk, lora, which, y.clone())
     exact(got, plain, truth)
     assert torch.equal(got[which < 0], y[which < 0])
@@ -225,10 +164,10 @@ def test_an_adapter_s_row_gets_the_same_bits_in_any_batch() -> None:
     dtype = served()
     kernels, lora, which = ops(dtype), adapters(DIM, LORA_ENDS, RANKS, dtype), slots(0, -1, 3, 1, 3, 0, -1, 1)
     x, y = between_nan(8, DIM, dtype=dtype), between_nan(8, LORA_ENDS[-1], dtype=dtype)
-    together = kernels.lora_shrink(x, lora, which)
+    together = kernels.lora_shrink(x, lora, which, scales(which))
     expanded = kernels.lora_expand(together, lora, which, y.clone())
     for rows in (slice(0, 1), slice(2, 5), slice(7, 8), [5, 0, 3]):
-        shrunk = kernels.lora_shrink(x[rows], lora, which[rows])
+        shrunk = kernels.lora_shrink(x[rows], lora, which[rows], scales(which)[rows])
         assert torch.equal(shrunk, together[rows])
         assert torch.equal(kernels.lora_expand(shrunk, lora, which[rows], y[rows].clone()), expanded[rows])
 
@@ -252,11 +191,6 @@ def test_norms_and_swiglu_are_exact(dtype: torch.dtype) -> None:
             gate_up = between_nan(5, 2 * dim, dtype=dtype)
             gate_up *= 3
             is_exact(kernels.swiglu, reference.swiglu, gate_up)
-
-
-def on_the_cpu(x: Any) -> Any:
-    """A copy of a dataclass of tensors."""
-    return type(x)(**{field.name: getattr(x, field.name).to("cpu", copy=True) for field in dataclasses.fields(x)})
 
 
 @pytest.mark.parametrize(("n", "vocab"), VOCABULARIES)
@@ -301,22 +235,6 @@ def test_draws_through_the_kernel_have_the_exact_distribution(asked: dict[str, f
     assert_drawn_from(observed, expected)
 
 
-def captured(call: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """`call` in a CUDA graph: its results as a replay leaves them."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay() -> tuple[torch.Tensor, ...]:
-        for x in out:
-            x.fill_(torch.nan if x.is_floating_point() else -7)
-        graph.replay()
-        return tuple(x.clone() for x in out)
-
-    return replay
-
-
 @pytest.mark.parametrize("kind", FLOORS)
 def test_one_graph_serves_every_mix_of_adapters_and_of_parameters(kind: str) -> None:
     """From a step's last row to its token."""
@@ -326,12 +244,13 @@ def test_one_graph_serves_every_mix_of_adapters_and_of_parameters(kind: str) -> 
     norm = Norm((torch.rand(weight.shape[1], device=DEVICE) + 0.5).to(dtype), 1e-5)
     lora = adapters(weight.shape[1], (vocab,), (16, 7, 0, 1), dtype)
     x, which = torch.empty(n, weight.shape[1], dtype=dtype, device=DEVICE), slots(*[-1] * n)
+    scale = torch.ones(n, device=DEVICE)
     of_a_mix = functools.partial(sampling_cases.mixed_case, n, vocab, source, dtype=dtype, device=DEVICE)
     _, asked, counted = of_a_mix().inputs
     x.normal_()
 
     def step() -> tuple[torch.Tensor, ...]:
-        shrunk = kernels.lora_shrink(x, lora, which, norm=norm)
+        shrunk = kernels.lora_shrink(x, lora, which, scale, norm=norm)
         logits = kernels.linear(x, weight, norm=norm, lora=LoraRows(lora, which, shrunk))
         return shrunk, logits, kernels.sample(logits, asked, counted)
 
@@ -347,33 +266,6 @@ def test_one_graph_serves_every_mix_of_adapters_and_of_parameters(kind: str) -> 
         counted.counts.zero_()
         assert all(map(torch.equal, replayed, step())), mix
         assert torch.equal(counts, counted.counts)
-
-
-SANITIZED = """
-import torch
-from mistral_nb_kernels import choose
-from mistral_nb_kernels.bench import linear_cases as c, sampling_cases
-device = torch.device("cuda")
-dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-ops = choose(device, 128, dtype)
-c.SHAPES = {
-    "gate, up": c.Shape(512, (35, 70), norm=True, gated=True),
-    "down": c.Shape(768, (99,), residual=True),
-    "head": c.Shape(576, (321,), norm=True),
-}
-how = {"dtype": dtype, "device": device}
-cases = [c.linear_case("head", 2, **how), c.norm_case(3, **how), c.swiglu_case(3, **how)]
-for layer, kind in [("down", "dense"), *(("gate, up", kind) for kind in c.KINDS)]:
-    cases += [c.linear_case(layer, rows, kind, slots=2, **how) for rows in (3, 9)]
-for rows in (3, 70):
-    cases += [make("gate, up", rows, 2, **how) for make in (c.shrink_case, c.expand_case)]
-cases += [sampling_cases.sample_case(asked, 2, 1003, **how) for asked in sampling_cases.ASKED]
-for case in cases:
-    case.call(getattr(ops, case.op))()
-x, _, weight, eps = cases[1].inputs
-ops.rms_norm(x, weight, eps)
-torch.cuda.synchronize()
-"""
 
 
 def test_the_sanitizer_finds_nothing(sanitize: Callable[[str], None]) -> None:

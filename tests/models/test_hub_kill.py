@@ -54,7 +54,7 @@ def kill_at(point: Point, hub: HubServer, store: Path) -> None:
 
 def wait_for_bytes(store: Path, name: str, size: int) -> None:
     """Until as many bytes of a file are on the disk."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while kept(store)[name] < size:
         assert time.monotonic() < end
         os.sched_yield()

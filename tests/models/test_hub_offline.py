@@ -80,14 +80,8 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str, 
         models.pull("org/sharded")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
-
-
-def test_nobody_there(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
+def test_nobody_there(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
+    port = closed_port
     told = (
         rf"127.0.0.1:{port} cannot be reached \(connection refused\); check the network and pull again, or {ELSEWHERE}"
     )
@@ -186,9 +180,11 @@ def test_a_proxy_that_wants_a_login(store: Path, tmp_path: Path, monkeypatch: py
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_proxy_that_is_not_there(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_is_not_there(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
     use_hub(monkeypatch, "https://hub.invalid", tmp_path)
-    port = free_port()
+    port = closed_port
     monkeypatch.setenv("HTTPS_PROXY", f"http://user:hunter2@127.0.0.1:{port}")
     told = rf"^hub.invalid cannot be reached through the proxy 127.0.0.1:{port} \(connection refused\); check .+"
     with pytest.raises(PullError, match=told) as caught:
