@@ -105,7 +105,7 @@ class Result:
         served, timings = self.served_by, self.timings
         parts = [
             f"{served.model}{_relation(served)}",
-            f"adapter {served.adapter}" if served.adapter else "",
+            f"adapter {served.adapter}{_scale(self.request.lora_scale)}" if served.adapter else "",
             f"{served.backend} on {served.device}" if served.device else served.backend,
             _count(self.usage.completion_tokens) if self.usage else "",
             f"first token {_seconds(timings.ttft)}" if timings.ttft is not None else _in_all(timings.total),
@@ -123,6 +123,7 @@ class Result:
             "instead_of": self.served_by.instead_of or None,
             "device": self.device,
             "adapter": self.adapter,
+            "lora_scale": self.request.lora_scale,
             "seed": self.request.seed,
             "finish_reason": self.finish_reason,
             "usage": self.usage.to_dict() if self.usage else None,
@@ -270,6 +271,10 @@ def _relation(served: Description) -> str:
         same = ": the same weights" if {served.model, served.instead_of} <= SAME_WEIGHTS else ""
         return f" (in place of {served.instead_of}, which {served.backend.capitalize()} has withdrawn{same})"
     return f" (stand-in for {served.stand_in_for})" if served.stand_in_for else ""
+
+
+def _scale(scale: float | None) -> str:
+    return "" if scale in (None, 1) else f" at {scale:g}"
 
 
 def _count(tokens: int) -> str:

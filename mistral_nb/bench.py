@@ -6,55 +6,26 @@ The engine is one of its own, in a runtime folder that ends with the benchmark.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mistral_nb.answer import Answer, Result
 from mistral_nb.backends.local import Local
+from mistral_nb.bench_report import Measurement, check_writable, machine, print_table, write_report
 from mistral_nb.config import Settings, load_settings
 from mistral_nb.engine_control import stop
-from mistral_nb.errors import ConfigurationError, MistralError, ModelError
+from mistral_nb.errors import MistralError, ModelError
 from mistral_nb.models import canonical, locate, pull
 from mistral_nb.types import GenerationRequest
 
-__all__ = ["Measurement", "run"]
+__all__ = ["fetch", "run"]
 
 PROMPT_TOKENS = 40
 DECODE_TOKENS = 200
-PACKAGES = ("mistral-nb", "torch", "triton", "tokenizers", "safetensors", "numpy", "httpx")
 WORDS = ("river", "stone", "cloud", "paper", "garden", "window", "silver", "morning", "bridge", "forest", "candle")
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """The median and the 20th and 80th percentile of `runs` measurements, in `unit`; `bar` is what is aimed at."""
-
-    name: str
-    unit: str
-    median: float
-    p20: float
-    p80: float
-    runs: int
-    bar: str
-
-    @classmethod
-    def of(cls, name: str, unit: str, values: Sequence[float], bar: str) -> Measurement:
-        cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
-        return cls(name, unit, statistics.median(values), cuts[0], cuts[3], len(values), bar)
-
-    def __str__(self) -> str:
-        spread = f"{self.p20:.4g}..{self.p80:.4g}"
-        return f"{self.name:<38} {self.median:>8.4g} {self.unit:<9} {spread:<16} {self.runs:>4}   {self.bar}"
 
 
 class Bench:
@@ -156,61 +127,9 @@ def run(model: str = "embedded", runs: int = 5, path: Path | None = None) -> int
     return 0
 
 
-def print_table(measurements: Sequence[Measurement]) -> None:
-    print(f"{'':<38} {'median':>8} {'':<9} {'p20..p80':<16} runs   bar")
-    print("\n".join(map(str, measurements)))
-
-
-def write_report(report: Mapping[str, Any], measurements: Sequence[Measurement], path: Path | None) -> None:
-    """`report` with the measurements as JSON, to `path` or else to stdout."""
-    text = json.dumps({**report, "measurements": [asdict(item) for item in measurements]}, indent=2)
-    if path is None:
-        print(text)
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
-
-
-def check_writable(path: Path) -> None:
-    """`ConfigurationError` unless a file can be written there. Leaves no new file."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent), path.open("ab") if path.exists() else nullcontext():
-            return
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be written ({error.strerror or error}); give --json another file"
-        ) from error
-
-
 def fetch(model: str) -> None:
     """Pull a model that is known but not here, so that no measurement holds the pull."""
     try:
         locate(canonical(model))
     except ModelError:
         pull(model)
-
-
-def machine() -> dict[str, Any]:
-    """What a number needs beside it: command, versions and processor."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": " ".join(["mistral-nb", *sys.argv[1:]]),
-        "platform": platform.platform(),
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": versions,
-    }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mistral_nb.backends.workers_ai import DEFAULT_MODEL, WorkersAI
-from mistral_nb.bench import Measurement, check_writable, machine, print_table, write_report
+from mistral_nb.bench_report import Measurement, check_writable, machine, print_table, write_report
 from mistral_nb.errors import MistralError
 from mistral_nb.secret import Secret
 from mistral_nb.types import GenerationRequest

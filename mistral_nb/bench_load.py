@@ -1,10 +1,11 @@
 """`mistral-nb bench load`: how fast a sharded checkpoint gets into memory, beside how fast its files can be read.
 
 The checkpoint is made for the purpose, of random numbers in bf16, in a temporary folder. Each loading runs in a process
-of its own and tells its peak memory. What is read is in the page cache; in a second series it is dropped from there
-first, so that it comes from the disk, where the folder is on one. Reading is measured into one small buffer for each
-thread, which stays in the processor's cache, and into memory of the checkpoint's size, new and used before, as a
-loading needs it.
+of its own and tells its peak memory. Of int8 and int4 there is one more, out of a packed copy that was made before; its
+speed counts the checkpoint's bytes, as that of every loading. What is read is in the page cache; in a second series it
+is dropped from there first, so that it comes from the disk, where the folder is on one. Reading is measured into one
+small buffer for each thread, which stays in the processor's cache, and into memory of the checkpoint's size, new and
+used before, as a loading needs it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mistral_nb.bench import Measurement, check_writable, machine, print_table, write_report
+from mistral_nb.bench_report import Measurement, check_writable, machine, print_table, write_report
 from mistral_nb.checkpoints import ModelArgs
 from mistral_nb.checkpoints.names import expected_tensors, hugging_face_name
 from mistral_nb.errors import ConfigurationError, MistralError
@@ -33,7 +34,8 @@ from mistral_nb.progress import amount
 
 __all__ = ["conclusions", "drop", "make_checkpoint", "run"]
 
-PRECISIONS = ("bf16", "fp32", "int8")
+PRECISIONS = ("bf16", "fp32", "int8", "int4")
+PACKED = ("int8", "int4")
 SHARD = 500_000_000
 """Bytes of a shard, at most."""
 
@@ -62,10 +64,12 @@ def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None, folder: P
         size = make_checkpoint(checkpoint, int(size_gb * 1e9))
         files = sorted(checkpoint.glob("*.safetensors"))
         from_disk = drop(files)
+        copies = Path(own) / "packed"
+        copied = _make_copies(checkpoint, size, copies)
         series: dict[str, list[float]] = {}
         memory: dict[str, int] = {}
         for _ in range(runs):
-            for name, seconds, used in _round(checkpoint, files, size, from_disk):
+            for name, seconds, used in _round(checkpoint, files, size, from_disk, copied):
                 series.setdefault(name, []).append(size / seconds / 1e9)
                 memory |= {name: max(used, memory.get(name, 0))} if used else {}
                 print(f"{name}: {size / seconds / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
@@ -75,6 +79,8 @@ def run(size_gb: float = 2.0, runs: int = 5, path: Path | None = None, folder: P
     print_table(measurements)
     for line in conclusions(measurements, memory, size):
         print(line)
+    if len(copied) < len(PACKED):
+        print(f"Not every packed copy is measured: {folder} lacks room; --folder DIR takes another one")
     if not from_disk:
         print(f"Nothing is measured from disk: {folder} keeps files in memory; --folder DIR takes another one")
     write_report(report, measurements, path)
@@ -181,8 +187,17 @@ def _write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> 
         os.fsync(file.fileno())
 
 
+def _make_copies(checkpoint: Path, size: int, folder: Path) -> dict[str, Path]:
+    """The folders of the packed copies by precision; one that the disk has no room for is left out."""
+    folder.mkdir()
+    copies = {precision: folder / precision for precision in PACKED}
+    for precision, copy in copies.items():
+        _load(checkpoint, precision, size, copy)
+    return {precision: copy for precision, copy in copies.items() if any(copy.glob("*"))}
+
+
 def _round(
-    checkpoint: Path, files: Sequence[Path], size: int, from_disk: bool
+    checkpoint: Path, files: Sequence[Path], size: int, from_disk: bool, copied: Mapping[str, Path]
 ) -> Iterator[tuple[str, float, int | None]]:
     """One measurement of each kind: name, seconds, and the peak memory of a loading."""
     threads = (1, 2)
@@ -193,6 +208,9 @@ def _round(
     for precision in PRECISIONS:
         found = _load(checkpoint, precision, size)
         yield f"load as {precision}, cached", found["load_s"], _rise(found)
+    for precision, copy in copied.items():
+        found = _load(checkpoint, precision, size, copy)
+        yield f"load as {precision}, packed copy, cached", found["load_s"], _rise(found)
     if from_disk:
         for count in threads:
             drop(files)
@@ -207,12 +225,13 @@ def _rise(found: dict[str, Any]) -> int | None:
     return int(found["peak"]) if found["peak"] else None
 
 
-def _load(checkpoint: Path, precision: str, size: int) -> dict[str, Any]:
+def _load(checkpoint: Path, precision: str, size: int, copy: Path | None = None) -> dict[str, Any]:
     """A loading in a process of its own, which touches as much memory before: a virtual machine's host may first have
     to find it.
     """
     command = [sys.executable, "-P", "-m", "mistral_nb.engine.load_probe", str(checkpoint), "--precision", precision]
-    done = subprocess.run([*command, "--touch", str(2 * size)], capture_output=True, text=True)
+    command += ["--touch", str(2 * size), *(["--packed-copy", str(copy)] if copy else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise MistralError(f"the loading failed: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads(done.stdout)

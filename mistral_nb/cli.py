@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistral_nb import __version__, lora_commands, store_commands
-from mistral_nb.config import DEVICES, PRECISIONS
-from mistral_nb.errors import ConfigurationError, MissingDependency, MistralError
+from mistral_nb import __version__, bench_commands, lora_commands, store_commands
+from mistral_nb.command_line import count, port, rank, require, seconds
+from mistral_nb.config import DEVICES, MAX_REQUESTS, PRECISIONS
+from mistral_nb.errors import ConfigurationError, MistralError
 
 if TYPE_CHECKING:
     from mistral_nb.server import Tls
@@ -27,10 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141, without a word, when nobody reads what it prints any more, as in `mistral-nb list | head -1`.
     """
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
+    command = _command(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = command(options)
+        status = command()
         print(end="", flush=True)
         return status
     except BrokenPipeError:
@@ -44,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"mistral-nb: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
+
+
+def _command(arguments: Sequence[str]) -> Callable[[], int]:
+    if list(arguments[:2]) == ["bench", bench_commands.KERNELS]:
+        from mistral_nb import kernel_bench
+
+        return partial(kernel_bench.run, arguments[2:])
+    options = _parser().parse_args(arguments)
+    return partial(options.command, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         default="127.0.0.1",
         help="address to listen on; any but loopback needs a certificate and the setting server_token (%(default)s)",
     )
-    serve.add_argument("--port", type=_port, default=0, help="port to listen on; 0 takes a free one (%(default)s)")
+    serve.add_argument("--port", type=port, default=0, help="port to listen on; 0 takes a free one (%(default)s)")
     serve.add_argument("--certificate", type=Path, metavar="FILE", help="serve with TLS: the certificate and its chain")
     serve.add_argument("--key", type=Path, metavar="FILE", help="the certificate's key, without a pass phrase")
     serve.add_argument(
@@ -74,36 +83,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--max-requests",
-        type=_count,
-        default=64,
+        type=count,
+        default=MAX_REQUESTS,
         help="answer this many requests at once; as many wait for a moment, others get 429 (%(default)s)",
     )
     serve.add_argument(
         "--grace",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         default=30.0,
         help="on Ctrl+C or SIGTERM let running answers end for so long (%(default)g)",
     )
     serve.add_argument(
         "--idle-timeout",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="end after this long without a request, 0 for never (the setting idle_timeout: 1800)",
     )
     serve.add_argument(
         "--device", choices=DEVICES, help="where to run (the setting device: auto, a GPU if there is one)"
     )
-    serve.add_argument(
+    precision = serve.add_mutually_exclusive_group()
+    precision.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="what to compute in (the setting precision: auto, which is int8 on a CPU and bf16 or fp16 on a GPU)",
+        help="what weights are kept in (the setting precision: auto, on a GPU bf16 or fp16 if that fits into its "
+        "memory, else int8 or int4; on a CPU int8, or int4 for a model that has no more)",
+    )
+    precision.add_argument(
+        "--quantize", choices=("int8", "int4"), dest="precision", help="the same as --precision int8 or int4"
     )
     serve.add_argument(
         "--context",
-        type=_count,
+        type=count,
         metavar="TOKENS",
         help="tokens of context, fewer take less memory (the setting context: all that the model has)",
+    )
+    serve.add_argument(
+        "--lora-rank",
+        type=rank,
+        metavar="RANK",
+        help="the largest rank of adapters (the setting lora_rank: 64 on a CPU, 16 on a GPU)",
     )
     serve.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
@@ -121,23 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop.set_defaults(command=_stop)
 
-    bench = commands.add_parser("bench", help="measure the local engine on this machine", description=_bench.__doc__)
-    bench.add_argument(
-        "what",
-        nargs="?",
-        choices=("answer", "load", "frames"),
-        default="answer",
-        help="answer: cold start, first token and decoding; load: a checkpoint made for it; "
-        "frames: reading a stream (%(default)s)",
-    )
-    bench.add_argument("--model", default="embedded", help="of answer: name, alias or checkpoint folder (%(default)s)")
-    bench.add_argument("--size-gb", type=_gigabytes, default=2.0, help="of load: the checkpoint's size (%(default)s)")
-    bench.add_argument(
-        "--folder", type=Path, metavar="DIR", help="of load: where to write it for a while (the temporary folder)"
-    )
-    bench.add_argument("--runs", type=_count, default=5, help="measurements of each kind (%(default)s)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
-    bench.set_defaults(command=_bench)
+    bench_commands.add_to(commands)
 
     demo = commands.add_parser(
         "demo", help="run a notebook and show its answers as they stream", description=_demo.__doc__
@@ -153,7 +157,7 @@ def _serve(options: argparse.Namespace) -> int:
     from mistral_nb.config import load_settings
     from mistral_nb.models import canonical, locate
 
-    _require("local", LOCAL_PACKAGES)
+    require("local", LOCAL_PACKAGES)
     model = canonical(options.model)
     folder = locate(model)
     settings = load_settings()
@@ -172,6 +176,7 @@ def _serve(options: argparse.Namespace) -> int:
             device=options.device or settings.device,
             precision=options.precision or settings.precision,
             context=options.context or settings.context,
+            lora_rank=options.lora_rank or settings.lora_rank,
             idle_timeout=idle_timeout,
             grace=0.0 if options.managed else options.grace,
             managed=options.managed,
@@ -188,12 +193,6 @@ def _tls(options: argparse.Namespace) -> Tls | None:
     from mistral_nb.server import Tls
 
     return Tls(options.certificate, options.key)
-
-
-def _require(extra: str, packages: Sequence[str]) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependency(f'this needs {", ".join(missing)}: pip install "mistral-nb[{extra}]"')
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -217,61 +216,9 @@ def _stop(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
-    """Measure cold start, first token and decoding of the local engine, loading a checkpoint, or reading a stream."""
-    if options.what == "frames":
-        from mistral_nb import bench_frames
-
-        return bench_frames.run(options.runs, options.json)
-    from mistral_nb.backends.engine_process import LOCAL_PACKAGES
-
-    _require("local", LOCAL_PACKAGES)
-    if options.what == "load":
-        from mistral_nb import bench_load
-
-        return bench_load.run(options.size_gb, options.runs, options.json, options.folder)
-    from mistral_nb.bench import run
-
-    return run(options.model, options.runs, options.json)
-
-
 def _demo(options: argparse.Namespace) -> int:
     """Run a notebook in a Jupyter kernel and show its answers as they stream."""
-    _require("demo", _DEMO_PACKAGES)
+    require("demo", _DEMO_PACKAGES)
     from mistral_nb.demo import run
 
     return run(options.notebook)
-
-
-def _port(text: str) -> int:
-    port = int(text) if text.isascii() and text.isdigit() else -1
-    if not 0 <= port <= 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: a whole number from 0 to 65535")
-    return port
-
-
-def _count(text: str) -> int:
-    count = int(text) if text.isascii() and text.isdigit() else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count: a whole number, 1 or more")
-    return count
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0.25 <= size <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: gigabytes from 0.25 to 100")
-    return size
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: seconds, 0 or more")
-    return seconds

@@ -9,6 +9,7 @@ it: an engine process and every client of it must agree on them, so they come fr
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from mistral_nb.errors import ConfigurationError
 from mistral_nb.secret import Secret
+from mistral_nb.types import MOST_RANK
 
 __all__ = [
     "BACKENDS",
@@ -27,22 +29,26 @@ __all__ = [
     "Setting",
     "Settings",
     "config_path",
+    "environment_with_packages",
     "environment_without_secrets",
     "load_settings",
 ]
 
 BACKENDS = ("auto", "cloudflare", "local", "openai")
-AskedPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+AskedPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 PRECISIONS: tuple[AskedPrecision, ...] = get_args(AskedPrecision)
 AskedDevice = Literal["auto", "cpu", "cuda"]
 DEVICES: tuple[AskedDevice, ...] = get_args(AskedDevice)
+MAX_REQUESTS = 64
+"""That an engine answers at once, unless it is told otherwise."""
+
 FALLBACK_MODEL = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
 CLOUDFLARE_URL = "https://api.cloudflare.com/client/v4"
 USE_LOCAL = 'use the local engine: --backend local, in Python backend="local"'
 
 _FOLDERS = {"home": "MISTRAL_NB_HOME", "runtime_dir": "MISTRAL_NB_RUNTIME_DIR", "log_dir": "MISTRAL_NB_LOG_DIR"}
 
-Kind = Literal["backend", "device", "precision", "text", "tokens", "secret", "url", "bool", "seconds"]
+Kind = Literal["backend", "device", "precision", "text", "tokens", "rank", "secret", "url", "bool", "seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,16 @@ SETTINGS: tuple[Setting, ...] = (
         ("MISTRAL_NB_CONTEXT",),
         minimum=1,
         maximum=1 << 24,
+    ),
+    Setting(
+        "lora_rank",
+        "rank",
+        "The largest rank of LoRA adapters in the local engine; unset is 64 on a CPU and 16 on a GPU, where every "
+        "adapter takes the memory and the time of it. Takes effect when an engine starts.",
+        None,
+        ("MISTRAL_NB_LORA_RANK",),
+        minimum=1,
+        maximum=MOST_RANK,
     ),
     Setting(
         "idle_timeout",
@@ -195,6 +211,7 @@ class Settings:
     device: AskedDevice = "auto"
     precision: AskedPrecision = "auto"
     context: int | None = None
+    lora_rank: int | None = None
     idle_timeout: float = 1800.0
     connect_timeout: float = 10.0
     first_token_timeout: float = 300.0
@@ -256,6 +273,22 @@ def environment_without_secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in secrets}
 
 
+def environment_with_packages() -> dict[str, str]:
+    """The same for a child that runs a package of ours.
+
+    A source root that is no site-packages folder was put on the path by hand, so the child is told of it.
+    """
+    env = environment_without_secrets()
+    roots = [env.get("PYTHONPATH", "")]
+    for package in ("mistral_nb_kernels", "mistral_nb"):
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if root and root.name not in ("site-packages", "dist-packages"):
+            roots.insert(0, str(root))
+    env["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
+    return env
+
+
 _Layer = Iterable[tuple[str, Any, str]]
 
 
@@ -311,7 +344,9 @@ def _checked(setting: Setting, value: Any, origin: str) -> Any:
         case "precision":
             return _choice(value, origin, "precision", PRECISIONS)
         case "tokens":
-            return _tokens(setting, value, origin)
+            return _whole(setting, value, origin, "of tokens ")
+        case "rank":
+            return _whole(setting, value, origin)
         case "bool":
             return _switch(value, origin)
         case "seconds":
@@ -346,12 +381,12 @@ def _choice(name: Any, origin: str, what: str, choices: Sequence[str]) -> str:
     raise ConfigurationError(f"{origin} = {name!r}: no such {what}. {hint}There are {', '.join(choices)}")
 
 
-def _tokens(setting: Setting, value: Any, origin: str) -> int:
+def _whole(setting: Setting, value: Any, origin: str, of: str = "") -> int:
     whole = isinstance(value, int) and not isinstance(value, bool)
     number = value if whole else int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else 0
     if not setting.minimum <= number <= setting.maximum:
         raise ConfigurationError(
-            f"{origin} = {value!r}: must be a whole number of tokens from {setting.minimum:g} to {int(setting.maximum)}"
+            f"{origin} = {value!r}: must be a whole number {of}from {setting.minimum:g} to {int(setting.maximum)}"
         )
     return int(number)
 

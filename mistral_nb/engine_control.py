@@ -22,7 +22,7 @@ from mistral_nb import __version__, runtime
 from mistral_nb.config import Settings
 from mistral_nb.errors import EngineBusy, EngineError
 from mistral_nb.models import canonical
-from mistral_nb.runtime import PROTOCOL, EngineRecord
+from mistral_nb.runtime import PROOF_HEADER, PROTOCOL, EngineRecord
 
 __all__ = [
     "Child",
@@ -55,7 +55,9 @@ _children: dict[tuple[int, float], Child] = {}
 class Health:
     """What an engine says of itself. `active` requests are under way; `context` is in tokens, None while it loads.
 
-    `loaded` of `to_load` are bytes of weights, None where nobody knows yet.
+    `loaded` of `to_load` are bytes of weights, None where nobody knows yet; `why`: why that precision. `memory` in
+    bytes; `kv_used` of `kv_tokens` are handed out in the KV pages; the speed is that of its latest steps. Answers
+    that are under way ask for `adapters`.
     """
 
     protocol: int
@@ -68,8 +70,14 @@ class Health:
     serve_as: tuple[str, ...] = ()
     device: str = ""
     precision: str = ""
+    why: str = ""
     context: int | None = None
     kernels: str = ""
+    memory: int | None = None
+    kv_used: int = 0
+    kv_tokens: int = 0
+    tokens_per_second: float | None = None
+    adapters: tuple[str, ...] = ()
     pid: int = 0
     active: int = 0
     served: int = 0
@@ -152,7 +160,8 @@ def check(record: EngineRecord, timeout: float) -> Health | None:
     names = {field.name for field in fields(Health)}
     known = {name: value for name, value in data.items() if name in names and value is not None}
     try:
-        return Health(**{**known, "serve_as": tuple(known.get("serve_as", ()))}) if code == 200 else None
+        lists = {name: tuple(known.get(name, ())) for name in ("serve_as", "adapters")}
+        return Health(**{**known, **lists}) if code == 200 else None
     except TypeError:
         return None
 
@@ -236,6 +245,7 @@ def call(
         attach(connection.sock)
         content = None if body is None else encode_json(body)
         headers = {"Authorization": f"Bearer {record.token}", "Content-Type": "application/json"}
+        headers |= {PROOF_HEADER: record.proof} if record.proof else {}
         connection.request(method, path, content, headers)
         response = connection.getresponse()
         data = json.loads(response.read())

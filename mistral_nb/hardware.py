@@ -1,4 +1,4 @@
-"""What this machine has for a model: the memory that is free on the CPU's side and on each NVIDIA GPU.
+"""What this machine has for a model: CPUs, and the memory that is free on their side and on each NVIDIA GPU.
 
 Asks the kernel's files and NVML, not CUDA: it needs no torch, and a process that has initialised CUDA cannot fork
 workers that use it.
@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-__all__ = ["PROC", "Memory", "control_groups", "gpu_memories", "host_memory", "nvidia_gpus"]
+__all__ = [
+    "PROC",
+    "Memory",
+    "available_cpus",
+    "compute_capability",
+    "control_groups",
+    "gpu_memories",
+    "host_memory",
+    "nvidia_gpus",
+]
 
 PROC = Path("/proc")
 _NAME_LENGTH = 96
@@ -123,10 +132,49 @@ def _unescaped(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
 
 
+def resident_memory(proc: Path = PROC) -> int | None:
+    """Bytes of this process that are in memory; None where the system does not tell."""
+    try:
+        return int((proc / "self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def available_cpus(proc: Path = PROC) -> int:
+    """CPUs that this process may use: its affinity, cut by the quotas of the control groups that it is in, which
+    `proc` tells; at least 1.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (_quota(folder) for folder in control_groups("cpu", proc))
+    return max(1, min([cpus, *(int(quota) for quota in quotas if quota is not None)]))
+
+
+def _quota(group: Path) -> float | None:
+    """CPUs by a control group's quota, version 2 or 1; None where there is none."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
 def nvidia_gpus() -> int:
     """How many NVIDIA GPUs the driver shows to this process; 0 without a driver."""
     with _nvml() as nvml:
         return len(_visible(nvml)) if nvml else 0
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the first NVIDIA GPU that this process may use; None without one."""
+    with _nvml() as nvml:
+        gpu = next(iter(_visible(nvml)), None) if nvml else None
+        major, minor = ctypes.c_int(0), ctypes.c_int(0)
+        if gpu is None or nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor)) != 0:
+            return None
+        return major.value, minor.value
 
 
 def gpu_memories() -> list[Memory]:

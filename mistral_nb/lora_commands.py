@@ -1,4 +1,4 @@
-"""The commands `mistral-nb lora`: LoRA adapters checked, listed, put on Cloudflare, and kept on this machine."""
+"""The commands `mistral-nb lora`: LoRA adapters checked, listed, put on Cloudflare, and kept for the engine here."""
 
 from __future__ import annotations
 
@@ -50,9 +50,11 @@ def add_to(commands: Any) -> None:
     add.add_argument("--description", default="", help="a text that lists show")
     add.set_defaults(command=_add)
 
-    remove = actions.add_parser("rm", help="remove an adapter from this machine's store", description=_rm.__doc__)
+    remove = actions.add_parser(
+        "remove", aliases=["rm"], help="remove an adapter from this machine's store", description=_remove.__doc__
+    )
     remove.add_argument("adapter", help="name or id of an adapter on this machine")
-    remove.set_defaults(command=_rm)
+    remove.set_defaults(command=_remove)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +63,11 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     """Tell what the adapter in a folder is, and everything that is wrong with it. Nothing is changed or executed."""
+    from mistral_nb.config import load_settings
     from mistral_nb.finetunes.report import check_report
 
-    print(check_report(options.folder, for_cloudflare=not options.local, fix=options.fix))
+    lora_rank = load_settings().lora_rank
+    print(check_report(options.folder, for_cloudflare=not options.local, fix=options.fix, lora_rank=lora_rank))
     return 0
 
 
@@ -111,23 +115,18 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _add(options: argparse.Namespace) -> int:
-    """Check an adapter, and copy its two files into this machine's store."""
-    from mistral_nb.finetunes.adapter import DEFAULT_MODEL
-    from mistral_nb.finetunes.check import check
-    from mistral_nb.finetunes.report import added
-    from mistral_nb.finetunes.store import AdapterStore
+    """Check an adapter, and copy its two files into this machine's store: a running engine finds it by its name."""
+    from mistral_nb.config import load_settings
+    from mistral_nb.finetunes.report import add_report
 
-    info = check(options.folder, for_cloudflare=False)
-    store = AdapterStore()
-    model = options.model or info.base_model or DEFAULT_MODEL
-    adapter = store.add(options.folder, options.name or info.name, model, options.description)
-    print(added(adapter, info, store.path(adapter)))
+    lora_rank = load_settings().lora_rank
+    print(add_report(options.folder, options.name, options.model, options.description, lora_rank))
     return 0
 
 
-def _rm(options: argparse.Namespace) -> int:
+def _remove(options: argparse.Namespace) -> int:
     """Remove an adapter from this machine's store. What is on Cloudflare stays: the service removes no adapters."""
-    from mistral_nb.finetunes.store import AdapterStore
+    from mistral_nb.finetunes.report import remove_report
 
-    print(f"Removed {AdapterStore().remove(options.adapter).name} from this machine.")
+    print(remove_report(options.adapter))
     return 0

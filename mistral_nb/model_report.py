@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mistral_nb.checkpoints import ModelArgs, ModelDescription, choices_that_fit, describe, estimate
+from mistral_nb.checkpoints.memory import CONTEXT
 from mistral_nb.errors import ModelError, UnknownModel
 from mistral_nb.hardware import Memory, gpu_memories, host_memory
 from mistral_nb.models import (
@@ -23,7 +24,7 @@ from mistral_nb.models import (
     store_path,
     unfinished,
 )
-from mistral_nb.models.manifest import read_manifest
+from mistral_nb.models.manifest import PACKED, read_manifest
 from mistral_nb.models.sources import source_of
 from mistral_nb.models.staging import Staging
 from mistral_nb.models.store import removable, store_folder
@@ -115,7 +116,7 @@ def memory_report(args: ModelArgs, model: str, memories: Sequence[Memory]) -> st
         parts.append(f"{head}\n{indent(table(rows))}")
     if sum(memory.device == "cuda" for memory in memories) > 1:
         parts.append("The engine takes the first GPU that it sees; CUDA_VISIBLE_DEVICES=N shows it another one.")
-    if not any(choices_that_fit(args, memory.free, memory.device) for memory in memories):
+    if not any(choices_that_fit(args, _left(memory), memory.device) for memory in memories):
         parts.append("Nothing fits now: free memory, or choose a smaller model.")
     else:
         parts.append(f"Run it with: mistral-nb serve --model {shlex.quote(model)} and the options of a row that fits")
@@ -177,12 +178,13 @@ def _facts(about: ModelDescription) -> Iterator[tuple[str, str]]:
     yield "tokenizer", about.tokenizer
     yield "template", about.template
     yield "licence", about.licence or "not told"
-    yield "on disk", amount(about.bytes)
+    packed = sum(copy.stat().st_size for copy in (about.folder / PACKED).glob("*.safetensors"))
+    yield "on disk", amount(about.bytes) + (f", and {amount(packed)} packed for the engine" if packed else "")
 
 
 def _choices(args: ModelArgs, memory: Memory, with_device: bool) -> Iterator[tuple[str, ...]]:
     """A row for each precision of the device at the whole context, the usual one, and the largest one that fits."""
-    fitting = {choice.precision: choice.context for choice in choices_that_fit(args, memory.free, memory.device)}
+    fitting = {choice.precision: choice.context for choice in choices_that_fit(args, _left(memory), memory.device)}
     device = f"--device {memory.device} " if with_device else ""
     for precision in [choice.precision for choice in choices_that_fit(args, sys.maxsize, memory.device)]:
         largest = fitting.get(precision, 0)
@@ -190,8 +192,14 @@ def _choices(args: ModelArgs, memory: Memory, with_device: bool) -> Iterator[tup
             need = estimate(args, precision, context, memory.device)
             cut = f" --context {context}" if context < args.context else ""
             options = f"{device}--precision {precision}{cut}" if context <= largest else "does not fit"
-            sizes = (amount(size) for size in (need.weights, need.kv, need.workspace, need.total))
+            own = CONTEXT[memory.device]
+            sizes = (amount(size) for size in (need.weights, need.kv, need.workspace + own, need.total + own))
             yield precision, str(context), *sizes, options
+
+
+def _left(memory: Memory) -> int:
+    """Bytes for a model, of what is free before a process has begun."""
+    return memory.free - CONTEXT[memory.device]
 
 
 def _origin(folder: Path, *, whole: bool = False) -> tuple[str, str]:

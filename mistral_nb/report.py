@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mistral_nb.backends import resolve
+from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.config import SETTINGS, Settings, config_path
-from mistral_nb.engine_control import EngineStatus, status
+from mistral_nb.engine_control import EngineStatus, Health, status
 from mistral_nb.errors import MistralError
 from mistral_nb.model_report import models_summary
 from mistral_nb.models import store_path
@@ -48,10 +49,25 @@ def engines_table(engines: Sequence[EngineStatus]) -> str:
         if health and health.error:
             notes.append(f"{record.model}: {health.error}")
         rows.append((record.model, *told, str(record.pid), record.base_url))
+        if health and health.why:
+            notes.append(f"Precision of {record.model}: {health.why}")
+        if health and health.kv_tokens:
+            notes.append(f"Use of {record.model}: {_use(health)}")
         if health and health.kernels:
             notes.append(f"Kernels of {record.model}: {health.kernels}")
         notes.append(f"Log of {record.model}: {record.log}")
     return "\n".join([table(rows), *notes])
+
+
+def _use(health: Health) -> str:
+    """Such as "0.6 GB of memory, KV 280 of 65536 tokens, 71.3 tokens/s lately"."""
+    parts = [f"{health.memory / 1e9:.1f} GB of memory"] if health.memory is not None else []
+    parts.append(f"KV {health.kv_used} of {health.kv_tokens} tokens")
+    if health.tokens_per_second is not None:
+        parts.append(f"{health.tokens_per_second:.1f} tokens/s lately")
+    if health.adapters:
+        parts.append(f"adapters in use: {', '.join(map(quoted, health.adapters))}")
+    return ", ".join(parts)
 
 
 def _selection(settings: Settings) -> str:

@@ -28,6 +28,7 @@ from mistral_nb.errors import ConfigurationError
 from mistral_nb.locks import StartLock
 
 __all__ = [
+    "PROOF_HEADER",
     "PROTOCOL",
     "EngineRecord",
     "StartLock",
@@ -49,6 +50,9 @@ __all__ = [
 PROTOCOL = 1
 """Version of the endpoints that a client and an engine process must agree on."""
 
+PROOF_HEADER = "x-mistral-nb-proof"
+"""Of a request from one who has read the engine's record, whose `proof` it holds: they may name folders here."""
+
 _CONNECT_TIMEOUT = 1.0
 _SCRIPTS = ("mistral_nb", "mistral-nb")
 
@@ -57,7 +61,8 @@ _SCRIPTS = ("mistral_nb", "mistral-nb")
 class EngineRecord:
     """How to reach one engine process, and which names besides `model` it answers for (`serve_as`).
 
-    `started` is in Unix seconds; `host` is the address that a client connects to.
+    `started` is in Unix seconds; `host` is the address that a client connects to. `proof` is known to none but those
+    who have read the record, as the token may be; it is empty where an engine has none.
     """
 
     pid: int
@@ -70,6 +75,7 @@ class EngineRecord:
     started: float
     host: str = "127.0.0.1"
     serve_as: tuple[str, ...] = ()
+    proof: str = field(default="", repr=False)
 
     @property
     def base_url(self) -> str:

@@ -30,6 +30,8 @@ __all__ = [
 MAX_TEXT = 131_072
 MAX_NAME = 1024
 MAX_STOP = 4
+MOST_RANK = 256
+"""Of a LoRA adapter in the local engine."""
 ROLES = ("system", "user", "assistant", "tool")
 
 Kind = Literal["text", "bool", "int", "float", "texts", "messages", "functions"]
@@ -66,11 +68,11 @@ FIELDS: tuple[Field, ...] = (
     Field("temperature", "float", "Randomness; 0 is greedy.", 0.6, 0, 5),
     Field("top_p", "float", "Keep the likeliest tokens up to this share; 0 keeps one, above 1 is 1.", None, 0, 2),
     Field("top_k", "int", "Keep this many of the likeliest tokens.", None, 1, 50),
-    Field("seed", "int", "The same seed gives the same text.", None, 1, 9_999_999_999),
+    Field("seed", "int", "The same seed gives the same text on one device, in one precision.", None, 1, 9_999_999_999),
     Field("repetition_penalty", "float", "Divide the score of tokens already seen; 0 and 1 are off.", None, 0, 2),
     Field("frequency_penalty", "float", "Lower a token's score by this for each time it was written.", None, 0, 2),
     Field("presence_penalty", "float", "Lower a token's score by this once it was written.", None, 0, 2),
-    Field("lora", "text", "Name or id of a LoRA adapter.", None, 1, MAX_NAME),
+    Field("lora", "text", "Name or id of a LoRA adapter; locally also its folder's path.", None, 1, MAX_NAME),
     Field("functions", "functions", "Functions as [{name, code}], passed on and never run."),
     Field("stop", "texts", f"Stop before any of these texts (at most {MAX_STOP}).", None, local_only=True),
     Field("lora_scale", "float", "Weight of the LoRA adapter.", None, 0, 10, local_only=True),

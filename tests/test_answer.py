@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +16,7 @@ import mistral_nb
 from mistral_nb.answer import Answer, Result, Timings
 from mistral_nb.errors import BackendError, InvalidRequest, StreamTruncated
 from mistral_nb.types import Chunk, Description, GenerationRequest, Message, Usage
-from tests.backends.scripted import PATIENCE, TOKEN, Peer, body, frame, head
+from tests.backends.scripted import PATIENCE, TOKEN, Peer, body, frame, head, interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 HELLO = GenerationRequest(prompt="Hello")
@@ -132,9 +130,6 @@ def test_an_error_before_any_text_carries_an_empty_result(peer: Peer) -> None:
 
 
 def test_an_interrupt_cancels_and_carries_the_partial_answer(peer: Peer) -> None:
-    def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
     def pace() -> None:
         peer.gone.wait(0.01)
 
@@ -282,3 +277,11 @@ class Statuses:
 
     def describe(self) -> Description:
         return Description("given", "none")
+
+
+@pytest.mark.parametrize(("scale", "told"), [(None, "mine"), (1, "mine"), (0, "mine at 0"), (0.25, "mine at 0.25")])
+def test_the_footer_tells_an_adapters_scale(scale: float | None, told: str) -> None:
+    request = GenerationRequest(prompt="Hi", lora="mine", lora_scale=scale)
+    result = Result("", request, Description("local", "m", adapter="mine"), "stop", None, Timings(None, 1.0, None))
+    assert f" · adapter {told} · " in result.footer
+    assert result.metadata()["lora_scale"] == scale

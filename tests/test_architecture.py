@@ -51,7 +51,7 @@ LAYERS = (
         ),
         others=("torch", "triton", "safetensors", "tokenizers", "numpy"),
     ),
-    Layer("mistral_nb.checkpoints", own=("mistral_nb.checkpoints", "mistral_nb.errors"), others=()),
+    Layer("mistral_nb.checkpoints", own=("mistral_nb.checkpoints", "mistral_nb.types", "mistral_nb.errors"), others=()),
     Layer(
         "mistral_nb.server",
         own=("mistral_nb",),
@@ -80,6 +80,8 @@ LAYERS = (
 )
 # (module, what it may import besides its layer's)
 BESIDES = {
+    ("mistral_nb.engine.bench_probe", "mistral_nb.bench_peers"),
+    ("mistral_nb.engine.random_weights", "mistral_nb.bench_peers"),
     ("mistral_nb.engine.chat_template", "jinja2"),
     ("mistral_nb.engine.template_sandbox", "jinja2"),
     ("mistral_nb.engine.vocabulary", "sentencepiece"),
@@ -103,11 +105,14 @@ BESIDES = {
 # The same, but inside functions only, so that importing the module stays light.
 LAZY = {
     ("mistral_nb", "mistral_nb_magics"),
+    *(("mistral_nb.bench_peers", name) for name in ("generate", "llama_cpp", "model", "torch", "transformers", "vllm")),
     ("mistral_nb.engine.grammar", "llguidance"),
     ("mistral_nb.cli", "mistral_nb.engine"),
     ("mistral_nb.cli", "mistral_nb.server"),
     ("mistral_nb.cli", "mistral_nb_kernels"),
-    ("mistral_nb_kernels.bench.results", "matplotlib"),
+    ("mistral_nb.bench_plots", "matplotlib"),
+    *((f"mistral_nb_kernels.bench.{name}", "matplotlib") for name in ("figures", "marks", "results", "roofline")),
+    ("mistral_nb_magics.bench.surface", "pandas"),
 }
 # Only the engine's surface and its text side are the server's business.
 ENGINE_SURFACE = ("mistral_nb.engine", "mistral_nb.engine.tokenizer")

@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from mistral_nb import __version__
+from mistral_nb import __version__, cli
 from mistral_nb.cli import main
 from tests.models.tiny_repos import sharded
 
@@ -45,6 +45,8 @@ def test_version() -> None:
         (["serve", "--port", "-1"], "'-1' is not a port"),
         (["serve", "--idle-timeout", "soon"], "'soon' is not a time: seconds, 0 or more"),
         (["serve", "--idle-timeout", "nan"], "'nan' is not a time"),
+        (["serve", "--quantize", "int2"], "invalid choice: 'int2'"),
+        (["serve", "--quantize", "int8", "--precision", "bf16"], "not allowed with argument"),
         (["bench", "--runs", "0"], "'0' is not a count"),
     ],
 )
@@ -70,6 +72,11 @@ def test_it_ends_quietly_when_nobody_reads_it(command: str, tmp_path: Path) -> N
             timeout=60,
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_quantize_is_another_word_for_a_precision() -> None:
+    asked = [cli._parser().parse_args(["serve", *words]).precision for words in ([], ["--quantize", "int4"])]
+    assert asked == [None, "int4"]
 
 
 @pytest.mark.parametrize("command", ["serve", "pull", "list", "show", "rm", "status", "stop", "bench", "demo"])
@@ -117,6 +124,26 @@ def test_a_benchmark_that_could_not_be_written_is_not_begun(
     assert str(tmp_path) in error
     assert "--json" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--precision", "int4"], "--precision is of bench engine and serve, not of bench answer: leave it out, or"),
+        (["load", "--contexts", "512"], "--contexts is of bench engine, not of bench load"),
+        (["--size-gb", "9"], "--size-gb is of bench load, not of bench answer"),
+        (["engine", "--folder", "x"], "--folder is of bench load, not of bench engine"),
+        (["frames", "--model", "embedded"], "--model is of bench answer, engine and serve, not of bench frames"),
+        (["load", "--peer-python", "x"], "--peer-python is of bench engine, not of bench load"),
+        (["engine", "--rate", "2"], "--rate is of bench serve, not of bench engine: leave it out, or begin with"),
+        (["serve", "--runs", "2"], "--runs is of bench answer, engine, load and frames, not of bench serve"),
+    ],
+)
+def test_options_of_another_benchmark_are_not_dropped(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_without_engines_there_is_nothing_to_show_or_stop(

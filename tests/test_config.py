@@ -66,6 +66,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "device": "cpu",
         "precision": "fp32",
         "tokens": "4096",
+        "rank": "8",
         "bool": "true",
         "seconds": "12.5",
     }
@@ -83,12 +84,17 @@ def test_a_context_is_a_number_of_tokens(value: Any) -> None:
     assert refused({"context": value}).endswith("must be a whole number of tokens from 1 to 16777216")
 
 
+@pytest.mark.parametrize("value", [0, 257, "many"])
+def test_a_rank_is_a_whole_number(value: Any) -> None:
+    assert refused({"lora_rank": value}).endswith("must be a whole number from 1 to 256")
+
+
 def test_a_context_may_come_as_text_or_number() -> None:
     assert [load_settings({"context": value}).context for value in (4096, "4096")] == [4096, 4096]
 
 
 def test_an_unknown_precision_is_refused_with_the_nearest() -> None:
-    assert "no such precision. did you mean 'int8'? There are auto, fp32" in refused({"precision": "int4"})
+    assert "no such precision. did you mean 'int8'? There are auto, fp32" in refused({"precision": "int16"})
 
 
 def test_a_device_is_one_of_those_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:

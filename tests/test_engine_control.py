@@ -43,7 +43,9 @@ def test_status_and_stop(alone: Path) -> None:
     assert found.health
     assert found.health.pid == engine.pid
     assert found.health.where == f"{found.health.device}, {found.health.precision}"
-    assert re.fullmatch(r"CPU, [1-9]\d* threads, (int8|fp32)|NVIDIA [\w -]+, (fp32|fp16|bf16)", found.health.where)
+    assert re.fullmatch(
+        r"CPU, [1-9]\d* threads, (int8|int4|bf16)|NVIDIA [\w -]+, (fp16|bf16|int8|int4)", found.health.where
+    )
     assert engine.token not in repr(found)
     assert stop(load_settings(), "embedded") == [EMBEDDED]
     assert is_gone(engine)

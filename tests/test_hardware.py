@@ -1,4 +1,4 @@
-"""What memory this machine has: the host's by the system's files, the GPUs' by a driver library of the test's own."""
+"""Memory and CPUs: the host's by the system's files, GPUs by a driver library of the test's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_nb.hardware import Memory, gpu_memories, host_memory, nvidia_gpus
+from mistral_nb.hardware import Memory, available_cpus, gpu_memories, host_memory, nvidia_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1 << 30
@@ -164,6 +164,9 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **gpu) {
 }
 int nvmlDeviceGetUUID(void *gpu, char *uuid, unsigned size) { snprintf(uuid, size, "%s", *(char **)gpu); return 0; }
 int nvmlDeviceGetName(void *gpu, char *name, unsigned n) { snprintf(name, n, "Card %s", *(char **)gpu); return 0; }
+int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) {
+    *major = 9 - ((char **)gpu - gpus); *minor = 5; return (char **)gpu - gpus == 2 ? 3 : 0;
+}
 int nvmlDeviceGetMemoryInfo(void *gpu, memory *info) {
     unsigned long long i = (char **)gpu - gpus;
     if (i == 2) return 3;
@@ -173,9 +176,9 @@ int nvmlDeviceGetMemoryInfo(void *gpu, memory *info) {
 """
 _ASK = """
 import json
-from mistral_nb.hardware import gpu_memories, nvidia_gpus
+from mistral_nb.hardware import compute_capability, gpu_memories, nvidia_gpus
 first = [(each.device, each.name, each.free >> 30, each.total >> 30) for each in gpu_memories()]
-print(json.dumps([nvidia_gpus(), first]))
+print(json.dumps([nvidia_gpus(), first, compute_capability()]))
 """
 A, B = ["cuda", "Card GPU-aaaa-0", 70, 80], ["cuda", "Card GPU-bbbb-1", 71, 81]
 
@@ -194,31 +197,64 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("visible", "count", "memories"),
+    ("visible", "count", "memories", "capability"),
     [
-        (None, 3, [A, B]),
-        ("1,0", 2, [B, A]),
-        (" GPU-bbbb-1 ", 1, [B]),
-        ("GPU-aa", 1, [A]),
-        ("0,7,1", 1, [A]),
-        ("0,GPU-none,1", 1, [A]),
-        ("", 0, []),
-        ("-1", 0, []),
-        ("2", 1, []),
+        (None, 3, [A, B], [9, 5]),
+        ("1,0", 2, [B, A], [8, 5]),
+        (" GPU-bbbb-1 ", 1, [B], [8, 5]),
+        ("GPU-aa", 1, [A], [9, 5]),
+        ("0,7,1", 1, [A], [9, 5]),
+        ("0,GPU-none,1", 1, [A], [9, 5]),
+        ("", 0, [], None),
+        ("-1", 0, [], None),
+        ("2", 1, [], None),
     ],
 )
-def test_gpus_by_the_driver(driver: Path, visible: str | None, count: int, memories: list[list[object]]) -> None:
+def test_gpus_by_the_driver(
+    driver: Path, visible: str | None, count: int, memories: list[list[object]], capability: list[int] | None
+) -> None:
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     env |= {"LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(ROOT)}
     if visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = visible
     done = subprocess.run([sys.executable, "-c", _ASK], env=env, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [count, memories]
+    assert json.loads(done.stdout) == [count, memories, capability]
 
 
 def test_without_a_driver_there_is_no_gpu(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_text("no library")
     env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", _ASK], env=env, capture_output=True, text=True, check=True)
-    if json.loads(done.stdout) != [0, []]:
+    if json.loads(done.stdout) != [0, [], None]:
         pytest.skip("this machine has a driver, which is found all the same")
+
+
+AFFINITY = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+IN_V2, IN_V1 = "0::/a/b\n", "3:cpu,cpuacct:/a/b\n4:memory:/\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "cpus"),
+    [
+        (IN_V2, {}, AFFINITY),
+        (IN_V2, {"cpu.max": "max 100000\n"}, AFFINITY),
+        (IN_V2, {"cpu.max": "100000 100000\n"}, 1),
+        (IN_V2, {"a/cpu.max": "50000 100000\n", "a/b/cpu.max": "max 100000\n"}, 1),
+        (IN_V2, {"a/b/cpu.max": "100000 100000\n"}, 1),
+        (IN_V2, {"a/b/cpu.max": "99900000 100000\n"}, AFFINITY),
+        (IN_V2, {"cpu.max": "nonsense\n"}, AFFINITY),
+        (IN_V1, {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, AFFINITY),
+        (IN_V1, {"a/b/cpu.cfs_quota_us": "100000\n", "a/b/cpu.cfs_period_us": "100000\n"}, 1),
+        ("4:memory:/\n", {"cpu.cfs_quota_us": "100000\n", "cpu.cfs_period_us": "100000\n"}, AFFINITY),
+        ("", {"cpu.max": "100000 100000\n"}, AFFINITY),
+    ],
+)
+def test_available_cpus(group: str, files: dict[str, str], cpus: int, tmp_path: Path) -> None:
+    kind, options = ("cgroup2", "rw") if group == IN_V2 else ("cgroup", "rw,cpu,cpuacct")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(group)
+    (tmp_path / "self" / "mountinfo").write_text(f"32 31 0:29 / {tmp_path} rw - {kind} {kind} {options}\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_cpus(tmp_path) == cpus

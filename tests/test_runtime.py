@@ -68,6 +68,18 @@ def test_the_token_is_not_shown() -> None:
     assert "a-token" not in repr(record())
 
 
+def test_the_proof_is_not_shown_and_a_record_of_before_has_none() -> None:
+    with_proof = dataclasses.replace(record(), proof="a-proof")
+    assert "a-proof" not in repr(with_proof)
+    runtime.write_record(with_proof)
+    assert runtime.read_record(MODEL) == with_proof
+    path = runtime.record_path(MODEL)
+    data = json.loads(path.read_text())
+    assert data.pop("proof") == "a-proof"
+    path.write_text(json.dumps(data))
+    assert runtime.read_record(MODEL) == record()
+
+
 def test_the_url_of_an_ipv6_address_has_brackets() -> None:
     assert record(port=80).base_url == "http://127.0.0.1:80"
     assert dataclasses.replace(record(port=80), host="::1").base_url == "http://[::1]:80"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from mistral_nb import __version__, runtime
 from mistral_nb.backends.pump import HungUp, Line
-from mistral_nb.config import Settings, environment_without_secrets
+from mistral_nb.config import MAX_REQUESTS, Settings, environment_with_packages
 from mistral_nb.engine_control import (
     Child,
     Health,
@@ -50,25 +49,31 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """One search: for which model, how long to wait for an answer, and whom to tell what happens."""
+    """One search: for which model, how long to wait for an answer, whom to tell what happens, and how many requests at
+    once an engine that it starts answers.
+    """
 
     model: str
     settings: Settings
     line: Line
     say: Callable[[str], None]
+    max_requests: int = MAX_REQUESTS
 
     def go_on(self) -> None:
         if self.line.hung_up:
             raise HungUp
 
 
-def ensure(model: str, settings: Settings, line: Line, say: Callable[[str], None]) -> Running:
+def ensure(
+    model: str, settings: Settings, line: Line, say: Callable[[str], None], max_requests: int = MAX_REQUESTS
+) -> Running:
     """The engine of `model` (a store name or a path), ready; pulls the embedded model and starts a process if need be.
 
-    `say` gets a line of status now and then. Blocks; ends with `HungUp` once `line` is hung up. Raises
-    `MissingDependency`, `ModelError`, `ConfigurationError` (a folder), `EngineStartError` and `EngineBusy`.
+    `say` gets a line of status now and then; an engine that it starts answers `max_requests` at once. Blocks; ends with
+    `HungUp` once `line` is hung up. Raises `MissingDependency`, `ModelError`, `ConfigurationError` (a folder),
+    `EngineStartError` and `EngineBusy`.
     """
-    search = _Search(model, settings, line, say)
+    search = _Search(model, settings, line, say, max_requests)
     record = _usable(search)
     if record is None:
         require_local()
@@ -190,8 +195,10 @@ def _spawn(search: _Search, log: Path) -> Child:
     idle = f"{search.settings.idle_timeout:g}"
     command = [sys.executable, "-P", "-m", "mistral_nb", "serve", "--managed"]
     command += ["--model", search.model, "--idle-timeout", idle]
+    command += ["--max-requests", str(search.max_requests)]
     command += ["--device", search.settings.device, "--precision", search.settings.precision]
     command += ["--context", str(search.settings.context)] if search.settings.context else []
+    command += ["--lora-rank", str(search.settings.lora_rank)] if search.settings.lora_rank else []
     if sys.platform == "win32":
         apart = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
     else:
@@ -213,22 +220,12 @@ def _spawn(search: _Search, log: Path) -> Child:
 
 
 def _environment(log: Path) -> dict[str, str]:
-    """This process's environment without tokens, with folders that hold from any working directory.
-
-    A source root that is no site-packages folder was put on the path by hand, so the child is told of it.
-    """
-    env = environment_without_secrets()
+    """This process's environment without tokens, with folders that hold from any working directory."""
+    env = environment_with_packages()
     env["MISTRAL_NB_RUNTIME_DIR"] = str(runtime.runtime_dir().resolve())
     env["MISTRAL_NB_LOG_DIR"] = str(log.parent.resolve())
     if env.get("MISTRAL_NB_HOME"):
         env["MISTRAL_NB_HOME"] = str(Path(env["MISTRAL_NB_HOME"]).expanduser().resolve())
-    roots = [env.get("PYTHONPATH", "")]
-    for package in ("mistral_nb_kernels", "mistral_nb"):
-        spec = importlib.util.find_spec(package)
-        root = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
-        if root and root.name not in ("site-packages", "dist-packages"):
-            roots.insert(0, str(root))
-    env["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
     return env
 
 

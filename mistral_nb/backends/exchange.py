@@ -26,7 +26,7 @@ from mistral_nb.backends.wire import DONE, PeerFailure, Reading, frames, peer_fa
 from mistral_nb.config import Settings
 from mistral_nb.errors import BackendError, ConnectionFailed, MistralError, RequestTimeout, StreamTruncated
 from mistral_nb.foreign import clean, plain, plain_lines
-from mistral_nb.runtime import is_loopback
+from mistral_nb.runtime import PROOF_HEADER, is_loopback
 from mistral_nb.secret import Secret
 from mistral_nb.types import Chunk, GenerationRequest
 
@@ -73,7 +73,7 @@ class Exchange:
     one try. `engine` marks a mistral-nb server, whose error messages are whole. Plain HTTP to this machine sees no
     proxy. `explain` makes the error of what the peer said. `request` and `model` are what was asked, for the messages
     and for `max_tokens`. `header_tells_model` and `frames_tell_model` are where a mistral-nb server's header, and
-    OpenAI's frames, are believed in who answers.
+    OpenAI's frames, are believed in who answers. `proof` is that of the engine's record.
     """
 
     peer: str
@@ -88,6 +88,7 @@ class Exchange:
     explain: Callable[[Failure], MistralError] = to_error
     header_tells_model: bool = False
     frames_tell_model: bool = False
+    proof: Secret | None = field(default=None, repr=False)
 
     @property
     def host(self) -> str:
@@ -135,6 +136,7 @@ class Exchange:
                     "Accept": "text/event-stream, application/json",
                     "Accept-Encoding": "identity",
                     "User-Agent": f"mistral-nb/{__version__}",
+                    **({PROOF_HEADER: self.proof.reveal()} if self.proof else {}),
                 },
             ) as response:
                 live.read(response)

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from mistral_nb import runtime
+from mistral_nb.backends.adapter_paths import with_whole_path
 from mistral_nb.backends.base import DryRun
 from mistral_nb.backends.engine_process import Running, ensure, find_served, require_local, served
 from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.pump import Emit, HungUp, Line, Pump
 from mistral_nb.backends.wire import peer_failure
 from mistral_nb.backends.workers_ai import Timeouts, WorkersAI
-from mistral_nb.config import Settings
+from mistral_nb.config import MAX_REQUESTS, Settings
 from mistral_nb.engine_control import call, check, ended, is_gone, is_hung, log_tail
 from mistral_nb.errors import BackendError, ConnectionFailed, EngineCrashed, StreamTruncated
 from mistral_nb.models import EMBEDDED, canonical, find_known, locate
@@ -35,16 +36,17 @@ _POLL = 0.02
 
 class Local:
     """A `Backend`. `model` is a name in the store, an alias, a checkpoint folder, or a name that a running engine was
-    told to answer for too.
+    told to answer for too. An engine that it starts answers `max_requests` at once.
     """
 
     name = "local"
 
-    def __init__(self, settings: Settings, model: str = EMBEDDED) -> None:
+    def __init__(self, settings: Settings, model: str = EMBEDDED, max_requests: int = MAX_REQUESTS) -> None:
         found = find_served(model)
         self._served_as = model if found else ""
         self.model = found.model if found else canonical(model)
         self._settings = settings
+        self._max_requests = max_requests
         self._where = ""
 
     def check(self) -> None:
@@ -55,7 +57,8 @@ class Local:
                 locate(self.model)
 
     def stream(self, request: GenerationRequest) -> Pump:
-        return Pump(lambda line, emit: self._answer(request, line, emit))
+        asked = with_whole_path(request)
+        return Pump(lambda line, emit: self._answer(asked, line, emit))
 
     def describe(self) -> Description:
         known = find_known(self.model)
@@ -68,9 +71,10 @@ class Local:
         An interrupt, or an exception that `say` raises, ends it.
         """
         found: list[DryRun] = []
+        asked = with_whole_path(request)
 
         def produce(line: Line, emit: Emit) -> None:
-            found.append(self._tokenize(request, line, lambda status: emit(Chunk(status=status))))
+            found.append(self._tokenize(asked, line, lambda status: emit(Chunk(status=status))))
 
         stream = Pump(produce)
         try:
@@ -110,7 +114,7 @@ class Local:
         if self._served_as:
             running = served(self._served_as, self._settings, line, say)
         else:
-            running = ensure(self.model, self._settings, line, say)
+            running = ensure(self.model, self._settings, line, say, self._max_requests)
         self._where = running.health.where
         return running
 
@@ -151,6 +155,7 @@ class Local:
             peer=_PEER,
             engine=True,
             timeouts=Timeouts.from_settings(self._settings),
+            proof=Secret(record.proof) if record.proof else None,
         )
         try:
             wire.answer(request, line, emit)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
+from mistral_nb.backends.adapter_paths import refuse_path
 from mistral_nb.backends.failures import Failure, to_error
 from mistral_nb.backends.wire import mended
 from mistral_nb.errors import (
@@ -40,6 +41,7 @@ def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
     """
     if request.lora_scale is not None:
         raise InvalidRequest("lora_scale", request.lora_scale, "an OpenAI-compatible server has no such field; drop it")
+    refuse_path(request, "give the name under which the server has it", slash_in_names=True)
     if request.raw and request.functions:
         raise InvalidRequest("functions", len(request.functions), "needs the chat template; leave raw out")
     messages = request.messages or (Message("user", request.prompt or ""),)

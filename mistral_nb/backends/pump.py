@@ -19,11 +19,13 @@ from typing import Any
 from mistral_nb.errors import MistralError, StreamTruncated
 from mistral_nb.types import Chunk, FinishReason
 
-__all__ = ["Emit", "HungUp", "Line", "Produce", "Pump"]
+__all__ = ["POLL", "Emit", "HungUp", "Line", "Produce", "Pump"]
 
 Emit = Callable[[Chunk], None]
-# Seconds. On Windows an interrupt does not wake a thread that waits for a lock.
-_POLL = 0.1 if sys.platform == "win32" else None
+POLL = 0.1 if sys.platform == "win32" else 0.5
+"""Seconds that a wait for a lock lasts at most before it begins anew: on Windows an interrupt does not wake the thread,
+elsewhere not if it comes just before.
+"""
 
 
 class HungUp(Exception):
@@ -54,10 +56,10 @@ class Line:
     def wait(self, seconds: float) -> bool:
         """Sleep, but wake as soon as the caller has hung up. True when it has."""
         deadline = time.monotonic() + seconds
-        while _POLL and (left := deadline - time.monotonic()) > 0:
-            if self._hung_up.wait(min(left, _POLL)):
+        while (left := deadline - time.monotonic()) > 0:
+            if self._hung_up.wait(min(left, POLL)):
                 return True
-        return self._hung_up.wait(max(0.0, deadline - time.monotonic()))
+        return self.hung_up
 
     def hang_up(self) -> None:
         self._hung_up.set()
@@ -163,10 +165,9 @@ class Pump:
         raise StopIteration
 
     def _next_item(self) -> Any:
-        while _POLL:
+        while True:
             with contextlib.suppress(Empty):
-                return self._queue.get(timeout=_POLL)
-        return self._queue.get()
+                return self._queue.get(timeout=POLL)
 
     def close(self) -> None:
         if not self._line.hung_up:

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from urllib.parse import quote
 
+from mistral_nb.backends.adapter_paths import refuse_path
 from mistral_nb.backends.exchange import Exchange, Timeouts, said_by
 from mistral_nb.backends.failures import Failure, seconds, to_error
 from mistral_nb.backends.local import STANDS_IN_FOR, title
@@ -36,6 +37,7 @@ class Remote:
         self._where = ""
 
     def stream(self, request: GenerationRequest) -> Pump:
+        refuse_path(request, "`mistral-nb lora add FOLDER --name NAME` on the server's machine gives it a name there")
         return Pump(lambda line, emit: self._answer(request, line, emit))
 
     def describe(self) -> Description:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote, urlsplit
 
+from mistral_nb.backends.adapter_paths import refuse_path
 from mistral_nb.backends.exchange import Exchange, NotListening, Timeouts
 from mistral_nb.backends.failures import Withdrawn
 from mistral_nb.backends.lookup import check_address
@@ -33,7 +34,8 @@ _STEERING = re.compile(r"[?#%\\\x00-\x20\x7f]|(^|/)\.{1,2}(/|$)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkersAI:
-    """A `Backend` that speaks to `base_url`. `engine` marks the local engine: it takes every field and no proxy.
+    """A `Backend` that speaks to `base_url`. `engine` marks the local engine: it takes every field and no proxy, and
+    from one who sends the `proof` of its record an adapter's folder too.
 
     The token goes to `base_url` alone, which must be https or on this machine, else `ConfigurationError`. Where the
     peer has withdrawn `model`, `fallback_model` answers, if there is one. `retry_deadline` is in seconds.
@@ -49,10 +51,12 @@ class WorkersAI:
     timeouts: Timeouts = field(default_factory=Timeouts)
     retry_deadline: float = 0
     fallback_model: str = ""
+    proof: Secret | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_address(self.base_url, "base URL")
         assert is_loopback(urlsplit(self.base_url).hostname or "") or not self.engine
+        assert self.engine or self.proof is None
         for what, part in (("account", self.account), ("model", self.model), ("model", self.fallback_model)):
             if not self.engine and _STEERING.search(part):
                 raise ConfigurationError(f"{what} = {part!r}: holds what would change the address; correct it")
@@ -120,6 +124,7 @@ class WorkersAI:
             retry_deadline=retry_deadline,
             engine=self.engine,
             header_tells_model=self.base_url != CLOUDFLARE_URL,
+            proof=self.proof,
         )
 
 
@@ -173,3 +178,4 @@ def _refuse_local_only(request: GenerationRequest) -> None:
         value = getattr(request, known.name)
         if known.local_only and value is not None:
             raise InvalidRequest(known.name, value, f"only the local engine knows it; leave it out, or {USE_LOCAL}")
+    refuse_path(request, f"`mistral-nb lora push` gives it a name on Cloudflare; or {USE_LOCAL}")

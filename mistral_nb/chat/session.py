@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mistral_nb.answer import Result
+from mistral_nb.backends.pump import POLL
 from mistral_nb.chat.conversation import Conversation
 from mistral_nb.chat.events import Event, Events, Rearranged, TurnEnded, TurnStarted
 from mistral_nb.chat.run import Run
@@ -19,9 +19,6 @@ from mistral_nb.errors import InvalidRequest, MistralError
 from mistral_nb.types import Message
 
 __all__ = ["ChatSession"]
-
-# Seconds. On Windows an interrupt does not wake a thread that waits for a lock.
-_POLL = 0.1 if sys.platform == "win32" else None
 
 
 class ChatSession:
@@ -130,7 +127,7 @@ class ChatSession:
             with self._lock:
                 self._check_idle()
                 run = self._add(question, (self.choice,), self.conversation.head)[0]
-            while not run.done.wait(_POLL):
+            while not run.done.wait(POLL):
                 continue
         except KeyboardInterrupt as interrupt:
             if not others:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mistral_nb.checkpoints.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.errors import AdapterError
 
@@ -19,11 +21,10 @@ __all__ = [
     "adapter_from_wire",
     "check_name",
     "is_adapter_id",
+    "is_path",
     "is_wire_id",
 ]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 ASSETS = (CONFIG_FILE, WEIGHTS_FILE)
 DEFAULT_MODEL = "@cf/mistral/mistral-7b-instruct-v0.2-lora"
 """The model that an adapter is made for, unless it is said."""
@@ -70,6 +71,11 @@ def adapter_from_wire(record: Mapping[str, Any]) -> Adapter:
 
 def is_adapter_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
+
+
+def is_path(lora: str) -> bool:
+    """Whether a text is a folder's path and no name or id: those have no slash, and begin with a letter or digit."""
+    return lora.startswith((".", "~")) or "/" in lora or os.sep in lora
 
 
 def is_wire_id(text: str) -> bool:

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_nb.checkpoints.adapter_files import CONFIG_FILE, CONFIG_LIMIT, WEIGHTS_FILE, is_count, is_scale
+from mistral_nb.checkpoints.adapter_tensors import LoraTensors, read_tensors
 from mistral_nb.checkpoints.untrusted import quoted, read_object, readable, stay_inside
 from mistral_nb.errors import AdapterError, ModelError
 from mistral_nb.finetunes import rules
-from mistral_nb.finetunes.adapter import ASSETS, CONFIG_FILE, WEIGHTS_FILE
-from mistral_nb.finetunes.tensors import LoraTensors, read_tensors
+from mistral_nb.finetunes.adapter import ASSETS
 
 __all__ = ["AdapterInfo", "check", "fixed_copy", "inspect"]
 
-_CONFIG_LIMIT = 1_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -115,7 +115,7 @@ class _Survey:
             self.problems += [_instead_of(name, folder, self.files) for name in missing]
             if CONFIG_FILE not in missing and self._may_open(CONFIG_FILE):
                 with self._noting():
-                    self.config = read_object(folder / CONFIG_FILE, _CONFIG_LIMIT)
+                    self.config = read_object(folder / CONFIG_FILE, CONFIG_LIMIT)
             if WEIGHTS_FILE not in missing and self._may_open(WEIGHTS_FILE):
                 with self._noting():
                     self.tensors = read_tensors(folder / WEIGHTS_FILE)
@@ -131,8 +131,8 @@ class _Survey:
             name=self.folder.resolve().name,
             base_model=rules.text(config.get("base_model_name_or_path")),
             model_type=rules.text(config.get("model_type")),
-            rank=tensors.rank or (rank if rules.is_count(rank) else None),
-            alpha=float(alpha) if rules.is_scale(alpha) else None,
+            rank=tensors.rank or (rank if is_count(rank) else None),
+            alpha=float(alpha) if is_scale(alpha) else None,
             target_modules=tensors.modules,
             dtype=", ".join(tensors.dtypes),
             parameters=tensors.parameters,

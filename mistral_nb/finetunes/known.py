@@ -9,7 +9,7 @@ from mistral_nb.finetunes.adapter import Adapter, is_wire_id
 from mistral_nb.finetunes.pushes import pushed_names
 from mistral_nb.finetunes.store import AdapterStore
 
-__all__ = ["known_names", "remember"]
+__all__ = ["kept_names", "known_names", "remember"]
 
 _PUBLIC = ("cf-public-cnn-summarization", "cf-public-jigsaw-classification", "cf-public-magicoder")
 """Cloudflare's own, as its documents name them."""
@@ -28,9 +28,14 @@ def known_names() -> list[str]:
 
     Only what a command line takes as one word.
     """
-    names = {*_PUBLIC, *_listed}
-    with suppress(AdapterError, OSError):  # what cannot be read is told when it is used
-        names.update(adapter.name for adapter in AdapterStore().list())
+    names = {*_PUBLIC, *_listed, *kept_names()}
     with suppress(OSError):
         names.update(pushed_names())
     return sorted(name for name in names if is_wire_id(name))
+
+
+def kept_names() -> list[str]:
+    """Of the store here. None where it cannot be read, which is told when it is used."""
+    with suppress(AdapterError, OSError):
+        return sorted(adapter.name for adapter in AdapterStore().list())
+    return []

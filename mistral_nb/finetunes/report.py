@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from mistral_nb.checkpoints import open_checkpoint
+from mistral_nb.checkpoints.adapter_files import RANK, RANK_ON_CPU, open_adapter
 from mistral_nb.checkpoints.untrusted import quoted
 from mistral_nb.config import Settings
-from mistral_nb.finetunes.adapter import Adapter
+from mistral_nb.errors import AdapterError, ModelError
+from mistral_nb.finetunes.adapter import DEFAULT_MODEL, Adapter
 from mistral_nb.finetunes.check import AdapterInfo, check, fixed_copy
 from mistral_nb.finetunes.cloudflare import listed
 from mistral_nb.finetunes.store import AdapterStore
+from mistral_nb.models import installed
 from mistral_nb.progress import amount
 from mistral_nb.tables import table
 
-__all__ = ["account_report", "added", "check_report", "local_report", "public_report", "pushed"]
+__all__ = [
+    "account_report",
+    "add_report",
+    "check_report",
+    "local_report",
+    "public_report",
+    "pushed",
+    "remove_report",
+]
 
 
 def local_report() -> str:
@@ -48,15 +61,40 @@ def public_report(settings: Settings) -> str:
     return "\n".join(filter(None, (told, left_out)))
 
 
-def check_report(folder: Path, *, for_cloudflare: bool, fix: Path | None) -> str:
-    """What the adapter in a folder is; with `fix`, of a mended copy made there. `AdapterError` where it is unfit."""
+def check_report(folder: Path, *, for_cloudflare: bool, fix: Path | None, lora_rank: int | None) -> str:
+    """What the adapter in a folder is; with `fix`, of a mended copy made there. `AdapterError` where it is unfit.
+
+    `lora_rank` is the setting.
+    """
     if fix is not None:
         fixed_copy(folder, fix)
         folder = fix
-    info = check(folder, for_cloudflare=for_cloudflare)
+    info = _for_cloudflare(folder) if for_cloudflare else check(folder, for_cloudflare=False)
     copy = f"{folder} is a copy whose adapter_config.json says model_type {info.model_type}.\n" if fix else ""
-    fit = "Fit for Cloudflare, by its published limits." if for_cloudflare else "Fit to be added to this machine."
-    return f"{copy}{_facts(info)}\n{fit}"
+    if for_cloudflare:
+        fit = "for Cloudflare, by its published limits."
+    else:
+        fit = f"to be added to this machine; {_fit_here(folder, info, lora_rank)}"
+    return f"{copy}{_facts(info)}\nFit {fit}"
+
+
+def _for_cloudflare(folder: Path) -> AdapterInfo:
+    """What the adapter in a folder is; where Cloudflare alone would refuse it, the error says so."""
+    try:
+        return check(folder, for_cloudflare=True)
+    except AdapterError as error:
+        if not _is_sound(folder):
+            raise
+        here = "For an engine on this machine it is sound: check it with --local, which tells what models it fits"
+        raise AdapterError(f"{error}\n{here}", error.problems) from error
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        check(folder, for_cloudflare=False)
+    except AdapterError:
+        return False
+    return True
 
 
 def pushed(adapter: Adapter, untried: str, doubt: str) -> str:
@@ -69,10 +107,23 @@ def pushed(adapter: Adapter, untried: str, doubt: str) -> str:
     return f"{name} ({quoted(adapter.id)}) is on the account; {use}{warning}"
 
 
-def added(adapter: Adapter, info: AdapterInfo, folder: Path) -> str:
-    """That an adapter is on this machine, and what should be known about it."""
-    warnings = [f"note: {warning}" for warning in info.warnings]
-    return "\n".join([f"{quoted(adapter.name)} ({quoted(adapter.id)}) is in {folder}", *warnings])
+def add_report(folder: Path, name: str | None, model: str | None, description: str, lora_rank: int | None) -> str:
+    """Check an adapter and copy it into this machine's store: that it is there, what it fits, and what should be known.
+
+    Its name is by default the folder's, and its model the one that it was trained on. `AdapterError` where it is unfit.
+    """
+    info = check(folder, for_cloudflare=False)
+    store = AdapterStore()
+    adapter = store.add(folder, name or info.name, model or info.base_model or DEFAULT_MODEL, description)
+    told = f"{quoted(adapter.name)} ({quoted(adapter.id)}) is in {store.path(adapter)}"
+    use = f"use it with --lora {quoted(adapter.name)}, on the local engine"
+    fit = _fit_here(folder, info, lora_rank)
+    return "\n".join([f"{told}; {use}", f"{fit[0].upper()}{fit[1:]}", *(f"note: {note}" for note in info.warnings)])
+
+
+def remove_report(adapter: str) -> str:
+    """Remove an adapter from this machine's store, and say so. `AdapterError` where no adapter is called so."""
+    return f"Removed {quoted(AdapterStore().remove(adapter).name)} from this machine."
 
 
 def _rows(adapters: Sequence[Adapter], lacking: Sequence[str] | None = None) -> str:
@@ -87,6 +138,25 @@ def _rows(adapters: Sequence[Adapter], lacking: Sequence[str] | None = None) -> 
         for index, adapter in enumerate(adapters)
     ]
     return table([head, *rows])
+
+
+def _fit_here(folder: Path, info: AdapterInfo, lora_rank: int | None) -> str:
+    """Which of the models in the store an adapter that is sound can be applied to, and what that takes."""
+    names = []
+    for model in installed():
+        with suppress(ModelError):
+            open_adapter(folder, open_checkpoint(model.path).args)
+            names.append(model.name)
+    fits = f"it fits {', '.join(names)}" if names else "none of the models here is one that it fits"
+    return f"{fits}.{_too_large(info.rank or 0, lora_rank)}"
+
+
+def _too_large(rank: int, lora_rank: int | None) -> str:
+    """How to start an engine that takes the rank, where it would not as it is set."""
+    if rank <= (lora_rank or RANK):
+        return ""
+    where = "on a GPU, " if lora_rank is None and rank <= RANK_ON_CPU else ""
+    return f" Of rank {rank}: {where}start the engine with --lora-rank {rank}, or set lora_rank to {rank}."
 
 
 def _facts(info: AdapterInfo) -> str:

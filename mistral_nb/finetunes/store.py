@@ -28,7 +28,7 @@ from mistral_nb.finetunes.adapter import (
     is_adapter_id,
 )
 from mistral_nb.locks import StartLock
-from mistral_nb.models import store_path
+from mistral_nb.models import find_known, installed, store_path
 from mistral_nb.models.staging import PIECE, flush
 
 __all__ = ["ASSET_LIMITS", "AdapterStore", "adapters_path"]
@@ -72,6 +72,8 @@ class AdapterStore:
     def create(self, name: str, model: str, description: str = "") -> Adapter:
         """A new adapter, without files yet. `AdapterError` when the name is taken or is none."""
         check_name(name)
+        if find_known(name) or name.lower() in {model.name.lower() for model in installed()}:
+            raise AdapterError(f"name = '{name}': that is a model's name, which requests may give too; choose another")
         for what, text in (("model", model), ("description", description)):
             if len(text) > _LONGEST or not text.isprintable():
                 raise AdapterError(f"{what} = '{quoted(text)}': at most {_LONGEST} characters of printable text")

@@ -37,7 +37,7 @@ class Site:
 def create_app(endpoints: Endpoints, holder: Holder, site: Site, model: str, log: str) -> ASGIApp:
     """The application of `site`. The playground shows the name `model`; `log` is named in a 500."""
     journal, gate = Journal(), Gate(site.max_requests)
-    playground = Playground(endpoints.run, gate, site.sessions, site.token, model)
+    playground = Playground(endpoints.run, endpoints.adapters, gate, site.sessions, site.token, model)
     health = Route("/health", _Health(holder, journal, gate).answer, methods=["GET"])
     app = _routed([*endpoints.routes, health, *playground.routes], log)
     return Journalled(Door(Limited(app, gate, _costs), site.token, site.names), journal)

@@ -6,6 +6,7 @@ import difflib
 import math
 import shlex
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.models import find_known
+from mistral_nb.server.finetunes import Finetunes
 from mistral_nb.server.holder import Holder
 from mistral_nb.server.schemas import WireError, envelope, shortened
 
@@ -51,29 +53,31 @@ class Identity:
         names = (self.model, *self.aliases, *self.serve_as)
         return asked.rstrip("/").lower() in {name.lower() for name in names}
 
-    def check(self, asked: str) -> None:
-        """`WireError` 5007 unless it answers to `asked`."""
+    def check(self, asked: str, adapters: Sequence[str] = ()) -> None:
+        """`WireError` 5007 unless it answers to `asked`; `adapters` are those that could be meant."""
         if self.answers_to(asked):
             return
         asked = shortened(asked.rstrip("/"))
-        near = difflib.get_close_matches(asked, (self.model, *self.aliases, *self.serve_as), n=1)
+        names = {name.lower(): name for name in (*adapters, self.model, *self.aliases, *self.serve_as)}
+        near = [names[name] for name in difflib.get_close_matches(asked.lower(), names, n=1)]
         hint = f" (did you mean {near[0]}?)" if near else ""
         held = self.model + (f", which also answers for {', '.join(self.serve_as)}" if self.serve_as else "")
-        raise WireError(
-            400,
-            5007,
-            f"No such model {asked}{hint}: this engine holds {held}. To let it answer for that name, start it with: "
-            f"mistral-nb serve --model {shlex.quote(self.model)} --serve-as {shlex.quote(asked)}",
-            "model",
-        )
+        serve = f"mistral-nb serve --model {shlex.quote(self.model)} --serve-as {shlex.quote(asked)}"
+        advice = f"To let it answer for that name, start it with: {serve}"
+        if near and near[0] in adapters:
+            advice = "`mistral-nb lora list` shows the adapters here"
+        raise WireError(400, 5007, f"No such model {asked}{hint}: this engine holds {held}. {advice}", "model")
 
 
 class Catalog:
-    """The lists: Workers AI's `models/search` and OpenAI's `models`. The model held comes first."""
+    """The lists: Workers AI's `models/search` and OpenAI's `models`, which has the adapters too. The model held comes
+    first.
+    """
 
-    def __init__(self, holder: Holder, identity: Identity) -> None:
+    def __init__(self, holder: Holder, identity: Identity, finetunes: Finetunes) -> None:
         self._holder = holder
         self._identity = identity
+        self._finetunes = finetunes
         self._created = datetime.now(UTC)
 
     async def search(self, request: Request) -> Response:
@@ -97,15 +101,27 @@ class Catalog:
         return JSONResponse(body, headers=self._identity.header)
 
     async def models(self, request: Request) -> Response:
-        """OpenAI's: the model held, and each name that stands for it; such a one has the model as its `parent`."""
-        data = [self._model(name) for name in self._names]
+        """OpenAI's: the model held, each name that stands for it, and each adapter that can be named in its place.
+
+        The model is the `parent` of the others.
+        """
+        data = [self._model(name) for name in (*self._names, *await self.adapters())]
         return JSONResponse({"object": "list", "data": data}, headers=self._identity.header)
 
     async def model(self, request: Request) -> Response:
-        """OpenAI's: one model by any of its names."""
+        """OpenAI's: one model by any of its names, or an adapter."""
         asked = request.path_params["model"].rstrip("/")
-        self._identity.check(asked)
+        if not self._identity.answers_to(asked):
+            adapters = await self.adapters()
+            if asked not in adapters:
+                self._identity.check(asked, adapters)
         return JSONResponse(self._model(asked), headers=self._identity.header)
+
+    async def adapters(self) -> tuple[str, ...]:
+        """Those that fit, and whose names are not the model's; none while it loads, since nothing tells which fit."""
+        model = self._holder.model
+        found = await self._finetunes.usable(model.fits) if model else ()
+        return tuple(name for name in found if not self._identity.answers_to(name))
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral_nb.errors import ConfigurationError
-from mistral_nb.runtime import is_loopback
+from mistral_nb.runtime import PROOF_HEADER, is_loopback
 from mistral_nb.server.answering import error_response
 from mistral_nb.server.schemas import WireError
 
-__all__ = ["OWN_SESSION", "Door", "header", "host_of", "refuse"]
+__all__ = ["OWN_SESSION", "Door", "has_read_record", "header", "host_of", "refuse"]
 
 OPEN = ("/", "/health")
 """Paths that need no token: the playground's page, and the one word that tells whether this server is ready."""
@@ -140,6 +140,15 @@ def host_of(authority: str) -> str:
         return "" if more or parts.port == 0 else parts.hostname or ""
     except ValueError:
         return ""
+
+
+def has_read_record(scope: Scope, proof: str) -> bool:
+    """Whether a request holds the `proof` of the engine's record, which its user alone can read, on its machine.
+
+    Where a request comes from tells nothing: through a tunnel, or a proxy on this machine, others come from here too.
+    """
+    given = header(scope, PROOF_HEADER.encode())
+    return bool(proof) and given is not None and hmac.compare_digest(given.encode("latin-1"), proof.encode())
 
 
 async def refuse(

@@ -17,6 +17,7 @@ from starlette.types import Message
 from mistral_nb.errors import AdapterError, InvalidRequest
 from mistral_nb.finetunes import AdapterStore
 from mistral_nb.finetunes.store import ASSET_LIMITS
+from mistral_nb.server.adapters import Adapters, Named
 from mistral_nb.server.answering import bounded, read_body
 from mistral_nb.server.schemas import MAX_BODY, WireError, envelope, parse_json
 from mistral_nb.types import GenerationRequest
@@ -37,33 +38,22 @@ class Finetunes:
 
     def __init__(self, store: AdapterStore, working: Callable[[], AbstractContextManager[None]]) -> None:
         self._store = store
+        self._adapters = Adapters(store)
         self._working = working
 
     async def knows(self, name: str) -> bool:
         """Whether an adapter has that id or name."""
-        return await _stored(self._store.find, name) is not None
+        return await _stored(self._adapters.knows, name)
 
-    async def refuse(self, request: GenerationRequest) -> None:
-        """`WireError` for a request with an adapter, which the engine does not apply.
+    async def usable(self, fits: Callable[[Named], bool]) -> tuple[str, ...]:
+        """The names of those that have their files and fit."""
+        return await _stored(self._adapters.usable, fits)
 
-        3037 (404) for one that is not there, 3039 (400) for one that lacks files, else 5005 (405).
-        """
-        if request.lora is not None:
-            await _stored(self._refuse, request.lora)
-        if request.lora_scale is not None:
-            raise WireError(405, 5005, "lora_scale: this engine applies no LoRA adapters; leave it out", "lora_scale")
-
-    def _refuse(self, lora: str) -> None:
-        adapter = self._store.find(lora)
-        if adapter is None:
-            raise WireError(
-                404, 3037, f"no finetune {lora!r} here; `mistral-nb lora list` shows those there are", "lora"
-            )
-        missing = " and ".join(self._store.missing_files(adapter))
-        if missing:
-            raise WireError(400, 3039, f"the finetune {lora!r} lacks {missing}; upload what is missing", "lora")
-        told = f"this engine applies no LoRA adapters: {lora!r} cannot be used; leave out lora and lora_scale"
-        raise WireError(405, 5005, told, "lora")
+    async def resolve(self, request: GenerationRequest, *, paths: bool) -> Named | None:
+        """The adapter that a request asks for, as `Adapters.find` has it."""
+        if request.lora is None and request.lora_scale is None:
+            return None
+        return await _stored(self._adapters.find, request, paths=paths)
 
     async def list(self, request: Request) -> Response:
         adapters = await _stored(self._store.list)

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mistral_nb.errors import InvalidRequest
+from mistral_nb.errors import AdapterError, InvalidRequest
+from mistral_nb.server.adapters import Named
 from mistral_nb.server.calls import CallScanner
-from mistral_nb.server.schemas import WireError
+from mistral_nb.server.schemas import WireError, wire_error
 from mistral_nb.types import GenerationRequest, Message, Usage
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the process listens before that
-    from mistral_nb.engine import Constraint, Engine, Generation, Token
+    from mistral_nb.engine import AdapterSource, Constraint, Engine, Generation, Token
     from mistral_nb.engine.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Model", "Piece", "Prompt", "StopScanner"]
@@ -30,12 +31,18 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of an answer; the last piece has a finish reason, the usage and the calls as [{name, arguments}]."""
+    """Some text of an answer.
+
+    The last piece has a finish reason, the usage, the calls as [{name, arguments}], the adapter that was applied by the
+    name that the request has for it, and how many tokens of the prompt were kept from before (`reused`).
+    """
 
     text: str
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     usage: Usage | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
+    adapter: str | None = None
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +70,44 @@ class Model:
             return Prompt(_raw(request), ids)
         return Prompt(self.tokenizer.render_chat(_messages(request), request.functions, choice), ids)
 
-    async def start(self, request: GenerationRequest, choice: str = "auto", *, single: bool = False) -> Answer:
-        """Queue `request`; on the event loop's thread.
+    def fits(self, adapter: Named) -> bool:
+        """Whether the model takes an adapter, as far as its files' sizes tell."""
+        try:
+            self.engine.check_adapter(_source(adapter))
+        except AdapterError:
+            return False
+        return True
+
+    async def start(
+        self, request: GenerationRequest, choice: str = "auto", *, single: bool = False, adapter: Named | None = None
+    ) -> Answer:
+        """Queue `request`, whose adapter `adapter` is; on the event loop's thread.
 
         `choice` says what to do with the request's functions: `auto` leaves it to the model, `required` takes calls
         only, a function's name one call of it, and `none` offers none; with `single` there is one call at most. Raises
-        `InvalidRequest`, `ContextOverflow`, and `MissingDependency` where functions need a package that is not there.
+        `InvalidRequest`, `ContextOverflow`, `AdapterError` for an adapter that the model does not take, and
+        `MissingDependency` where functions need a package that is not there.
         """
-        ids, constraint = await asyncio.to_thread(self._prepare, request, choice, single)
-        answer = Answer(self.tokenizer, request.stop or (), functions=constraint is not None)
+        ids, constraint = await asyncio.to_thread(self._prepare, request, choice, single, adapter)
+        answer = Answer(self.tokenizer, request.stop or (), functions=constraint is not None, adapter=adapter)
         answer.run(self.engine, ids, request, constraint)
         return answer
 
-    def _prepare(self, request: GenerationRequest, choice: str, single: bool) -> tuple[list[int], Constraint | None]:
+    def _prepare(
+        self, request: GenerationRequest, choice: str, single: bool, adapter: Named | None
+    ) -> tuple[list[int], Constraint | None]:
+        if adapter is not None:
+            self.engine.check_adapter(_source(adapter))
         ids = self.encode(request, choice)
         if request.raw:
             return ids, None
         return ids, self.tokenizer.constraint(request.functions, choice, self.engine.info.vocab_size, single=single)
+
+
+def _source(adapter: Named) -> AdapterSource:
+    from mistral_nb.engine import AdapterSource
+
+    return AdapterSource(adapter.key, adapter.folder, adapter.looks)
 
 
 def _raw(request: GenerationRequest) -> str:
@@ -97,7 +125,10 @@ class Answer:
     length is bounded by `max_tokens`. With `functions`, calls are taken out of the text; `stops` end free text only.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, functions: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], *, functions: bool = False, adapter: Named | None = None
+    ) -> None:
+        self._adapter = adapter
         self._tokens: asyncio.Queue[Token] = asyncio.Queue()
         self._detokenizer = tokenizer.stream()
         self._scanner = StopScanner(stops)
@@ -121,12 +152,30 @@ class Answer:
             self.first_token_at = self.first_token_at or time.monotonic()
             loop.call_soon_threadsafe(self._tokens.put_nowait, token)
 
-        sampling = Sampling.from_request(request)
-        self._generation = engine.submit(ids, sampling, request.max_tokens, self._eos_ids, deliver, constraint)
+        self._generation = engine.submit(
+            ids,
+            Sampling.from_request(request),
+            request.max_tokens,
+            self._eos_ids,
+            deliver,
+            constraint,
+            adapter=_source(self._adapter) if self._adapter else None,
+            lora_scale=1.0 if request.lora_scale is None else request.lora_scale,
+        )
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that is applied, as the request has it."""
+        return self._adapter.name if self._adapter else None
 
     @property
     def prompt_tokens(self) -> int:
         return self._generation.prompt_tokens if self._generation else 0
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the prompt whose keys and values were there already."""
+        return self._generation.reused if self._generation else 0
 
     @property
     def generated(self) -> int:
@@ -156,7 +205,10 @@ class Answer:
         self._tokens.put_nowait(Token(None, "error", message))
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer as it comes, one piece for all that came meanwhile. Raises `WireError` when the engine fails."""
+        """The answer as it comes, one piece for all that came meanwhile.
+
+        Raises `WireError` when the engine fails, or the adapter cannot be applied.
+        """
         while True:
             tokens = [await self._tokens.get()]
             while not self._tokens.empty():
@@ -168,14 +220,20 @@ class Answer:
                 if reason == "stop" or reason == "length":
                     self.finish_reason = end = "tool_calls" if self._calls else reason
                     self.cancel()
-                    yield Piece(text, end, self._usage, self._calls)
+                    yield Piece(text, end, self._usage, self._calls, self.adapter, self.reused)
                     return
                 if reason is not None:
                     if text:
                         yield Piece(text)
-                    raise WireError(503, 3043, token.error or "the engine is stopping; try again")
+                    raise self._failure(token)
             if text:
                 yield Piece(text)
+
+    def _failure(self, last: Token) -> WireError:
+        refusal = self._generation.refusal if self._generation else None
+        if refusal is not None and self._adapter is not None:
+            return wire_error(self._adapter.refused(refusal))
+        return WireError(503, 3043, last.error or "the engine is stopping; try again")
 
     @property
     def _usage(self) -> Usage:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 from mistral_nb.errors import MistralError
@@ -55,6 +56,11 @@ class Holder:
     def requests(self) -> int:
         """Requests that are being answered or wait for the model."""
         return self._requests
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those that answers under way ask for; of a path its last part, as others may see this."""
+        return tuple(sorted({Path(answer.adapter).name for answer in self._answers if answer.adapter}))
 
     @property
     def busy(self) -> bool:

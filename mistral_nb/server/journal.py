@@ -112,7 +112,9 @@ def _line(entry: Entry, scope: Scope) -> dict[str, Any]:
         line["model"] = asked[:_LONGEST]
     answer = entry.answer
     if answer is not None:
-        line |= {"tokens_in": answer.prompt_tokens, "tokens_out": answer.generated}
+        line |= {"tokens_in": answer.prompt_tokens, "tokens_out": answer.generated, "tokens_reused": answer.reused}
+        if answer.adapter:
+            line["adapter"] = answer.adapter[:_LONGEST]
         if answer.first_token_at is not None:
             line["first_token_ms"] = round((answer.first_token_at - entry.started) * 1e3, 1)
     return {**line, "ms": round((now - entry.started) * 1e3, 1), "end": entry.end}

@@ -20,9 +20,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mistral_nb import __version__, runtime
-from mistral_nb.config import AskedPrecision
+from mistral_nb.config import MAX_REQUESTS, AskedPrecision
 from mistral_nb.errors import ConfigurationError, EngineStartError
-from mistral_nb.models import find_known
+from mistral_nb.models import find_known, packed_folder
 from mistral_nb.progress import Progress
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.secret import Secret
@@ -52,10 +52,11 @@ class ServeOptions:
     """What to serve, and how.
 
     `model` is a store name or an absolute path, `folder` its checkpoint; `context` in tokens, None for all that the
-    model has; `idle_timeout` in seconds, 0 for never; `grace`, in seconds, is for running answers to end in when the
-    process is told to stop by a signal; `managed` for a process that a notebook started: it writes to its log only, and
-    no terminal signal reaches it. `allow_hosts` are names to answer to besides the address, or origins
-    as `edge.Door` has them, `token` the one to ask for instead of a random one.
+    model has; `lora_rank` is the most that adapters have, None for the engine's own; `idle_timeout` in seconds, 0 for
+    never; `grace`, in seconds, is for running answers to end in when the process is told to stop by a signal;
+    `managed` for a process that a notebook started: it writes to its log only, and no terminal signal reaches it.
+    `allow_hosts` are names to answer to besides the address, or origins as `edge.Door` has them, `token` the one to
+    ask for instead of a random one.
     """
 
     model: str
@@ -64,10 +65,11 @@ class ServeOptions:
     address: Address = field(default_factory=Address)
     allow_hosts: tuple[str, ...] = ()
     token: Secret | None = None
-    max_requests: int = 64
+    max_requests: int = MAX_REQUESTS
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: AskedPrecision = "auto"
     context: int | None = None
+    lora_rank: int | None = None
     idle_timeout: float = 1800.0
     grace: float = 0.0
     managed: bool = False
@@ -112,7 +114,7 @@ class EngineProcess:
         if terminal is not None:
             terminal.progress = self._progress
         self._site = Site(record.token, (options.address.host, *options.allow_hosts), options.max_requests)
-        endpoints = Endpoints(self.holder, self.identity, self.stop)
+        endpoints = Endpoints(self.holder, self.identity, self.stop, record.proof)
         app = create_app(endpoints, self.holder, self._site, options.model, record.log)
         self._servers = [_Server(_config(app, None))]
         if options.address.tls:
@@ -181,7 +183,9 @@ class EngineProcess:
             device=options.device,
             precision=options.precision,
             context=options.context,
+            lora_rank=options.lora_rank,
             progress=self.holder.progress,
+            packed_copy=packed_folder(options.model),
         )
         return Model(engine, tokenizer)
 
@@ -318,6 +322,7 @@ def _record(options: ServeOptions, listeners: Listeners, log_file: Path) -> Engi
         started=time.time(),
         host=host,
         serve_as=options.serve_as,
+        proof=secrets.token_urlsafe(32),
     )
 
 

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mistral_nb.server.generation import Piece
@@ -80,6 +80,9 @@ class ChatShape:
     def failure(self, error: WireError) -> bytes:
         return event(openai_error(error)[1])
 
+    def of(self, model: str) -> ChatShape:
+        return replace(self, head=replace(self.head, model=model))
+
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
         choice = {"delta": delta, "logprobs": None, "finish_reason": reason}
         return event(self.head.body("chat.completion.chunk", choice, **_no_usage(self.usage)))
@@ -111,6 +114,9 @@ class CompletionShape:
     def failure(self, error: WireError) -> bytes:
         return event(openai_error(error)[1])
 
+    def of(self, model: str) -> CompletionShape:
+        return replace(self, head=replace(self.head, model=model))
+
 
 def _text(text: str, reason: str | None) -> dict[str, Any]:
     return {"text": text, "logprobs": None, "finish_reason": reason}
@@ -127,9 +133,9 @@ def _calls(last: Piece) -> list[dict[str, Any]]:
     ]
 
 
-def _usage(last: Piece) -> dict[str, int]:
+def _usage(last: Piece) -> dict[str, Any]:
     assert last.usage is not None
-    return last.usage.to_dict()
+    return {**last.usage.to_dict(), "prompt_tokens_details": {"cached_tokens": last.reused}}
 
 
 def _last(head: Head, kind: str, last: Piece) -> bytes:

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -76,11 +77,21 @@ class Playground:
     A session is a cookie that no script reads and no other site's request carries. It is had for the token, posted
     once, or for an invitation in the page's address. Cookies are sent to every port of a host, and pages on other
     ports count as of the same site: so every request must say, as browsers do, that it is of the same origin.
-    `run` answers a request in Workers AI's shape, and `gate` has the places that those without a session do not get.
+    `run` answers a request in Workers AI's shape, for which `adapters` can be named, and `gate` has the places that
+    those without a session do not get.
     """
 
-    def __init__(self, run: ASGIApp, gate: Gate, sessions: Sessions, token: str, model: str) -> None:
+    def __init__(
+        self,
+        run: ASGIApp,
+        adapters: Callable[[], Awaitable[tuple[str, ...]]],
+        gate: Gate,
+        sessions: Sessions,
+        token: str,
+        model: str,
+    ) -> None:
         self._run = run
+        self._adapters = adapters
         self._gate = gate
         self._sessions = sessions
         self._token = token.encode()
@@ -133,7 +144,8 @@ class Playground:
     async def session(self, request: Request) -> Response:
         """What the page shows to those who have a session; 10000 (401) for others."""
         self.check(request.scope)
-        return JSONResponse({"model": self._model}, headers={"cache-control": "no-store"})
+        shown = {"model": self._model, "adapters": await self._adapters()}
+        return JSONResponse(shown, headers={"cache-control": "no-store"})
 
     async def stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The answer to `request`, a JSON object in the query, as server-sent events.

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mistral_nb import __version__
-from mistral_nb.errors import ContextOverflow, MistralError
+from mistral_nb.errors import AdapterError, ContextOverflow, InvalidRequest, MistralError
 from mistral_nb.finetunes import AdapterStore
 from mistral_nb.runtime import PROTOCOL
 from mistral_nb.server.answering import (
@@ -26,6 +26,7 @@ from mistral_nb.server.answering import (
     whole,
 )
 from mistral_nb.server.catalog import Catalog, Identity
+from mistral_nb.server.edge import has_read_record
 from mistral_nb.server.finetunes import Finetunes
 from mistral_nb.server.holder import Holder
 from mistral_nb.server.journal import current
@@ -37,14 +38,18 @@ __all__ = ["Endpoints", "Identity"]
 
 
 class Endpoints:
-    """The handlers, over the model that the process holds. `stop` ends the process."""
+    """The handlers, over the model that the process holds. `stop` ends the process.
 
-    def __init__(self, holder: Holder, identity: Identity, stop: Callable[[str], None]) -> None:
+    Who has read its record, as `proof` tells, may name any folder; others name what is in the store.
+    """
+
+    def __init__(self, holder: Holder, identity: Identity, stop: Callable[[str], None], proof: str) -> None:
         self._holder = holder
         self._identity = identity
-        self._catalog = Catalog(holder, identity)
         self._finetunes = Finetunes(AdapterStore(), holder.request)
+        self._catalog = Catalog(holder, identity, self._finetunes)
         self._stop = stop
+        self._proof = proof
 
     @property
     def routes(self) -> list[Route]:
@@ -71,6 +76,10 @@ class Endpoints:
             Route(f"{root}/models", self._catalog.models, methods=["GET"]),
             Route(f"{root}/models/{{model:path}}", self._catalog.model, methods=["GET"]),
         ]
+
+    async def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may give."""
+        return await self._catalog.adapters()
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Workers AI's, which names the model in the path."""
@@ -109,13 +118,17 @@ class Endpoints:
                 return
 
     async def _respond(self, ask: Ask, scope: Scope, receive: Receive, send: Send) -> None:
-        wanted = (await self._with_adapter(ask)).request
-        await self._finetunes.refuse(wanted)
+        ask = await self._with_adapter(ask)
+        wanted = ask.request
+        adapter = await self._finetunes.resolve(wanted, paths=has_read_record(scope, self._proof))
         model = await self._holder.ready()
         try:
-            answer = await model.start(wanted, ask.choice, single=ask.single)
+            answer = await model.start(wanted, ask.choice, single=ask.single, adapter=adapter)
         except ContextOverflow as error:
             raise error if wanted.prompt else ContextOverflow(error.prompt_tokens, error.limit, "messages") from error
+        except AdapterError as error:
+            assert adapter is not None
+            raise adapter.refused(error) from error
         headers = self._identity.header
         with self._holder.answering(answer):
             if wanted.stream:
@@ -127,16 +140,18 @@ class Endpoints:
         """`ask`, where a body may name an adapter in the place of a model."""
         if ask.model is None or self._identity.answers_to(ask.model):
             return ask
-        named = ask.request.lora is None and len(ask.model) <= MAX_NAME
-        if named and await self._finetunes.knows(ask.model):
-            return replace(ask, request=ask.request.with_(lora=ask.model))
-        self._identity.check(ask.model)
-        return ask
+        if len(ask.model) > MAX_NAME or not await self._finetunes.knows(ask.model):
+            self._identity.check(ask.model, await self._catalog.adapters())
+        if ask.request.lora not in (None, ask.model):
+            told = f"model names the adapter {ask.model} already; leave one of them out"
+            raise InvalidRequest("lora", ask.request.lora, told)
+        return replace(ask, request=ask.request.with_(lora=ask.model), shape=ask.shape.of(ask.model))
 
     async def health(self, request: Request) -> Response:
         """What this process holds and what it does. Does not count as use."""
         holder, identity = self._holder, self._identity
         info = holder.model.engine.info if holder.model else None
+        use = holder.model.engine.use if holder.model else None
         return JSONResponse(
             {
                 "protocol": PROTOCOL,
@@ -149,9 +164,15 @@ class Endpoints:
                 "serve_as": list(identity.serve_as),
                 "device": info.device if info else "",
                 "precision": info.precision if info else "",
+                "why": info.why if info else "",
                 "context": info.context if info else None,
                 "kernels": info.kernels if info else "",
+                "memory": use.memory if use else None,
+                "kv_used": use.kv_used if use else 0,
+                "kv_tokens": use.kv_tokens if use else 0,
+                "tokens_per_second": use.tokens_per_second if use else None,
                 "pid": os.getpid(),
+                "adapters": list(holder.adapters),
                 "active": holder.requests,
                 "served": holder.served,
                 "uptime_s": holder.uptime,
@@ -164,7 +185,7 @@ class Endpoints:
         """What a run request with this body would give the model; waits for the model, runs nothing."""
         with self._holder.request():
             wanted = parse_request(await read_body(request))
-            await self._finetunes.refuse(wanted)
+            await self._finetunes.resolve(wanted, paths=has_read_record(request.scope, self._proof))
             model = await unless_disconnected(request.receive, self._holder.ready())
             prompt = await asyncio.to_thread(model.prompt, wanted)
             tokens = {"prompt": prompt.text, "tokens": prompt.ids, "count": len(prompt.ids)}

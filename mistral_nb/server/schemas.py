@@ -91,6 +91,9 @@ class Shape(Protocol):
     def failure(self, error: WireError) -> bytes:
         """The last frame of a stream that failed; no end mark follows."""
 
+    def of(self, model: str) -> Shape:
+        """The same for an answer of `model`, where the interface names the model that answers."""
+
 
 class WorkersShape:
     """Cloudflare's: an envelope, or frames with `response`."""
@@ -108,11 +111,15 @@ class WorkersShape:
     def failure(self, error: WireError) -> bytes:
         return event({"errors": error.errors, "success": False})
 
+    def of(self, model: str) -> WorkersShape:
+        return self
+
 
 def _end(last: Piece) -> dict[str, Any]:
     assert last.usage is not None
     calls = {"tool_calls": list(last.tool_calls)} if last.tool_calls else {}
-    return {**calls, "usage": last.usage.to_dict(), "finish_reason": last.finish_reason}
+    adapter = {"adapter": last.adapter} if last.adapter else {}
+    return {**calls, "usage": last.usage.to_dict(), **adapter, "finish_reason": last.finish_reason}
 
 
 def envelope(result: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def client(peer: Peer) -> Callable[..., WorkersAI]:
             "account": "0123456789abcdef0123456789abcdef",
             "token": Secret(TOKEN),
             "model": "@cf/mistral/mistral-7b-instruct-v0.2-lora",
-            "timeouts": Timeouts(5, 5, 5),
+            "timeouts": Timeouts(30, 30, 30),
         }
         return WorkersAI(**{**values, **changes})
 

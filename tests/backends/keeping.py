@@ -61,8 +61,9 @@ class Keeper(Listener):
             with wrapped:
                 while True:
                     seen = read_request(wrapped)
-                    self.visits.append(Visit(number, len(self.visits), wrapped, seen.line, seen.headers))
-                    self.answer(self.visits[-1])
+                    visit = Visit(number, len(self.visits), wrapped, seen.line, seen.headers)
+                    self.visits.append(visit)
+                    self.answer(visit)
         except OSError:
             return
         except AssertionError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import struct
 import threading
@@ -12,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-PATIENCE = 10.0
+PATIENCE = 60.0
+BOUND = 0.2
+"""Seconds that closing may take."""
 ACCOUNT = "0123456789abcdef0123456789abcdef"
 TOKEN = "s3cret-t0ken-never-shown"
 Step = bytes | threading.Event | str | Callable[[], None]
@@ -69,8 +72,9 @@ class Listener:
 
     def start(self, target: Callable[..., None], *arguments: object) -> None:
         """Call `target` in a thread that `close` waits for."""
-        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def stop_listening(self) -> None:
         """Refuse new connections; those that there are go on."""
@@ -86,6 +90,7 @@ class Listener:
 
     def close(self) -> None:
         self.stop_listening()
+        self._threads[0].join(PATIENCE)  # what was accepted last is among the connections by then
         self.hang_up()
         for thread in self._threads:
             thread.join(PATIENCE)
@@ -134,7 +139,11 @@ class Peer(Listener):
         # A peer does not mind that the client went away.
         with connection, contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.seen.append(read_request(connection))
+            try:
+                self.seen.append(read_request(connection))
+            except OSError:
+                self.gone.set()
+                return
             self.asked.set()
             self.start(self._watch, connection, gone)
             for step in script:
@@ -167,6 +176,24 @@ class Peer(Listener):
         self.gone.set()
 
 
+class full_house:
+    """A port whose queue of connections is full, so that a connection is neither taken nor refused."""
+
+    def __enter__(self) -> int:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self._waiting = []
+        for _ in range(4):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(self._listener.getsockname())
+            self._waiting.append(waiting)
+        return int(self._listener.getsockname()[1])
+
+    def __exit__(self, *error: object) -> None:
+        for waiting in [*self._waiting, self._listener]:
+            waiting.close()
+
+
 def read_request(connection: socket.socket) -> Seen:
     def more() -> bytes:
         part = connection.recv(65536)
@@ -193,6 +220,26 @@ def eventually(predicate: Callable[[], bool], within: float = PATIENCE) -> bool:
             return False
         threading.Event().wait(0.005)
     return True
+
+
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(PATIENCE)
+
+
+def seconds_to(event: threading.Event) -> float:
+    start = time.perf_counter()
+    wait_for(event)
+    return time.perf_counter() - start
+
+
+def interrupt() -> None:
+    """As a user does: the main thread is."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def within(bound: float, act: Callable[[], float]) -> bool:
+    """Whether `act` says that it took fewer seconds, in one of three tries: now and then a machine stands still."""
+    return any(act() < bound for _ in range(3))
 
 
 def head(status: str = "200 OK", kind: str = "text/event-stream", *more: str) -> bytes:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ from mistral_nb.errors import ConfigurationError, ConnectionFailed
 from mistral_nb.secret import Secret
 from mistral_nb.types import Chunk, GenerationRequest
 from tests.backends.keeping import Keeper, Visit
-from tests.backends.scripted import PATIENCE, frame
+from tests.backends.scripted import BOUND, PATIENCE, frame, within
 
 Make = Callable[..., WorkersAI]
 HELLO = GenerationRequest(prompt="Hello")
-BOUND = 0.2
 
 
 @pytest.fixture
@@ -76,7 +76,15 @@ def test_answers_at_once_have_a_connection_each_and_both_are_kept(keeper: Keeper
 
 
 @pytest.mark.parametrize("at", ["before the first byte", "between two texts"])
-def test_cancelling_on_a_connection_that_was_used_before_cuts_it_at_once(keeper: Keeper, client: Make, at: str) -> None:
+def test_cancelling_on_a_connection_that_was_used_before_cuts_it_at_once(client: Make, at: str) -> None:
+    def seconds() -> float:
+        with closing(Keeper()) as keeper:
+            return seconds_to_cut(keeper, client(base_url=keeper.url), at)
+
+    assert within(BOUND, seconds)
+
+
+def seconds_to_cut(keeper: Keeper, backend: WorkersAI, at: str) -> float:
     asked, cut = threading.Event(), threading.Event()
 
     def answer(visit: Visit) -> None:
@@ -90,7 +98,6 @@ def test_cancelling_on_a_connection_that_was_used_before_cuts_it_at_once(keeper:
         raise OSError
 
     keeper.answer = answer
-    backend = client(base_url=keeper.url)
     assert text(backend) == "Hello"
     stream = backend.stream(HELLO)
     if at == "between two texts":
@@ -98,11 +105,13 @@ def test_cancelling_on_a_connection_that_was_used_before_cuts_it_at_once(keeper:
     assert asked.wait(PATIENCE)
     start = time.perf_counter()
     stream.close()
-    assert cut.wait(BOUND)
-    print(f"cut after {(time.perf_counter() - start) * 1e3:.1f} ms (the bound is {BOUND * 1e3:.0f} ms)")
+    assert cut.wait(PATIENCE)
+    took = time.perf_counter() - start
+    print(f"cut after {took * 1e3:.1f} ms (the bound is {BOUND * 1e3:.0f} ms)")
     assert list(stream)[-1] == Chunk(finish_reason="cancelled")
     assert [text(backend) for _ in range(2)] == ["Hello"] * 2
     assert [visit.connection for visit in keeper.visits] == [0, 0, 1, 1]
+    return took
 
 
 def test_a_connection_that_the_peer_has_closed_meanwhile_is_replaced(keeper: Keeper, client: Make) -> None:
@@ -145,11 +154,12 @@ def test_a_connection_that_is_not_made_is_not_tried_twice(client: Make, monkeypa
         tries.append(address)
         return connect(address, *rest, **options)
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     monkeypatch.setattr(socket, "create_connection", counted)
-    with pytest.raises(ConnectionFailed, match="cannot be reached"):
-        text(client(base_url=f"http://127.0.0.1:{port}"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        port = taken.getsockname()[1]
+        with pytest.raises(ConnectionFailed, match="cannot be reached"):
+            text(client(base_url=f"http://127.0.0.1:{port}"))
     assert tries == [("127.0.0.1", port)]
 
 
@@ -187,7 +197,7 @@ def test_a_peer_that_does_not_end_after_its_end_mark_holds_nobody(keeper: Keeper
     keeper.answer = answer
     start = time.perf_counter()
     assert text(client(base_url=keeper.url)) == ""
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 15, "half of what the client waits for more"
     assert end.wait(PATIENCE)
 
 
@@ -254,7 +264,7 @@ def test_the_interpreter_ends_though_somebody_holds_an_answer(keeper: Keeper, re
     keeper.answer = answer
     script = FORK.partition("def ask")[0] + ENDING + rest
     done = subprocess.run(
-        [sys.executable, "-c", script, keeper.url], env=surroundings(), capture_output=True, timeout=20
+        [sys.executable, "-c", script, keeper.url], env=surroundings(), capture_output=True, timeout=60
     )
     assert done.returncode == (1 if rest else 0), done.stderr
 
@@ -296,11 +306,18 @@ def test_over_tls_a_kept_connection_is_cut_at_once_too(
 ) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    keeper = Keeper(tls=tls)
-    backend = client(base_url=keeper.url)
-    with pytest.raises(ConnectionFailed, match="certificate"):
-        text(backend)
+    with closing(Keeper(tls=tls)) as keeper, pytest.raises(ConnectionFailed, match="certificate"):
+        text(client(base_url=keeper.url))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+    def seconds() -> float:
+        with closing(Keeper(tls=tls)) as keeper:
+            return seconds_to_cut_over_tls(keeper, client(base_url=keeper.url))
+
+    assert within(BOUND, seconds)
+
+
+def seconds_to_cut_over_tls(keeper: Keeper, backend: WorkersAI) -> float:
     assert [text(backend) for _ in range(2)] == ["Hello"] * 2
     asked, cut = threading.Event(), threading.Event()
 
@@ -315,7 +332,9 @@ def test_over_tls_a_kept_connection_is_cut_at_once_too(
     keeper.answer = answer
     stream = backend.stream(HELLO)
     assert asked.wait(PATIENCE)
+    start = time.perf_counter()
     stream.close()
-    assert cut.wait(BOUND)
+    assert cut.wait(PATIENCE)
+    took = time.perf_counter() - start
     assert {visit.connection for visit in keeper.visits} == {keeper.visits[0].connection}
-    keeper.close()
+    return took

@@ -138,12 +138,12 @@ def test_retry_after(peer: Peer, client: Make, header: str, seconds: float | Non
 def test_a_long_message_takes_no_time(filler: str) -> None:
     """Longer than a frame's message may be: what looks for words in it is quick by itself."""
     request = GenerationRequest(prompt="Hello")
-    started = time.perf_counter()
+    started = time.thread_time()
     for code, status in ((None, 500), (5021, 413), (5006, 400)):
         failure = Failure("Cloudflare", "m", request, f"maximum model length x{filler}y", code, status)
         to_error(failure)
         explain(failure)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,8 @@ def test_functions_are_tools_by_what_their_code_says(ask: Callable[..., list[Chu
     ("fields", "field"),
     [
         ({"lora_scale": 0.5}, "lora_scale"),
+        ({"lora": "/home/me/secret/tone"}, "lora"),
+        ({"lora": "./tone"}, "lora"),
         ({"functions": [{"name": "f", "code": "{}"}, {"name": "g", "code": "[1]"}]}, r"functions\[1\]"),
         ({"functions": [{"name": "f", "code": "{}"}], "raw": True}, "functions"),
         ({"messages": [{"role": "tool", "content": "1"}]}, "messages"),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from mistral_nb.backends import Backend, connection, resolve
+from mistral_nb.backends.base import ChunkStream
 from mistral_nb.backends.workers_ai import WorkersAI
 from mistral_nb.config import load_settings
 from mistral_nb.errors import AuthenticationError, ConfigurationError, InvalidRequest, MistralError, RateLimited
 from mistral_nb.types import Chunk
 from tests.backends.openai_peer import HELLO, make
-from tests.backends.scripted import TOKEN, Peer, frame, head
+from tests.backends.scripted import PATIENCE, TOKEN, Peer, frame, head
 from tests.backends.test_workers_ai import collect, text_of
 
 Make = Callable[..., WorkersAI]
@@ -81,10 +83,12 @@ def test_after_a_body_that_never_comes_the_next_request_has_its_time(
     assert (text_of(chunks), len(peer.seen)) == ("Hi", seen)
 
 
-def test_a_refusal_is_cancelled_while_its_body_comes(peer: Peer, client: Make) -> None:
-    reading = client().stream(HELLO)
-    peer.scripts = [[*CUT, reading.close, "hold"]]
-    assert list(reading) == [Chunk(finish_reason="cancelled")]
+def test_a_refusal_is_cancelled_while_its_body_comes(peer: Peer, client: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_REFUSAL_SECONDS", PATIENCE)
+    opened: Future[ChunkStream] = Future()
+    peer.scripts = [[*CUT, lambda: opened.result(PATIENCE).close(), "hold"]]
+    opened.set_result(client().stream(HELLO))
+    assert list(opened.result()) == [Chunk(finish_reason="cancelled")]
 
 
 def on_a_server(peer: Peer, **settings: Any) -> Backend:

@@ -32,7 +32,8 @@ logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 planted = os.read(0, 1000).decode()
 back, secret = planted[::-1], Secret(planted)
 del planted
-backend = WorkersAI(base_url=sys.argv[1], account="0" * 32, token=secret, model="@cf/a/b", timeouts=Timeouts(5, 5, 5))
+limits = Timeouts(60, 60, 60)
+backend = WorkersAI(base_url=sys.argv[1], account="0" * 32, token=secret, model="@cf/a/b", timeouts=limits)
 
 def holds(value):
     if isinstance(value, str):
@@ -84,7 +85,7 @@ print("looked")
 def scan(url: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", SCAN, url]
-    return subprocess.run(command, input=TOKEN, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=TOKEN, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_the_scan_finds_a_token_that_is_held(peer: Peer) -> None:
     planted = SCAN.replace("def holds", "kept = [secret.reveal()]\ndef holds")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", planted, peer.url]
-    done = subprocess.run(command, input=TOKEN, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=TOKEN, env=env, capture_output=True, text=True, timeout=240)
     assert "before list in list" in done.stdout
 
 
@@ -144,7 +145,7 @@ def test_a_notebook_with_a_failing_cell_does_not_hold_it(peer: Peer, tmp_path: P
         "%mistral status",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=60, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=240, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = json.dumps(notebook)
     assert "no such token" in text
     assert "Verbose" in text

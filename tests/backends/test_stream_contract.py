@@ -13,14 +13,14 @@ import pytest
 from mistral_nb import runtime
 from mistral_nb.answer import Answer
 from mistral_nb.backends import Backend, Local, resolve
+from mistral_nb.backends.base import ChunkStream
 from mistral_nb.config import load_settings
 from mistral_nb.engine_control import status
 from mistral_nb.errors import BackendError, ContextOverflow, InvalidRequest, StreamTruncated
 from mistral_nb.models import EMBEDDED
 from mistral_nb.types import Chunk, GenerationRequest
-from tests.backends.scripted import PATIENCE, Peer, body, eventually, frame, head
+from tests.backends.scripted import BOUND, PATIENCE, Peer, body, eventually, frame, head, within
 
-BOUND = 0.2
 CAPITAL = ("The ", "capital ", "is ", "Paris", ".")
 SCRIPTED = ("workers_ai", "openai")
 REAL = ("local", "remote", "openai_of_ours")
@@ -133,9 +133,7 @@ LONG = GenerationRequest(prompt="Write a very long story.", max_tokens=2000, tem
 def test_text_comes_in_pieces_and_then_one_last_chunk(subject: Subject) -> None:
     subject.prepare("short")
     stream = subject.backend.stream(SHORT)
-    chunks = list(stream)
-    *before, last = [chunk for chunk in chunks if not chunk.status]
-    assert len(before) > 1
+    *before, last = [chunk for chunk in stream if not chunk.status]
     assert all(chunk.text and chunk.finish_reason is None for chunk in before)
     assert "Paris" in "".join(chunk.text for chunk in before)
     assert (last.text, last.finish_reason) == ("", "stop")
@@ -143,6 +141,9 @@ def test_text_comes_in_pieces_and_then_one_last_chunk(subject: Subject) -> None:
     assert last.usage.prompt_tokens > 10
     assert last.usage.completion_tokens >= len(before)
     assert list(stream) == []
+    # What comes while a reader stands still is one piece.
+    pieces = (len([chunk for chunk in subject.backend.stream(SHORT) if chunk.text]) for _ in range(3))
+    assert len(before) > 1 or max(pieces) > 1
 
 
 def test_a_full_measure_of_tokens_ends_with_length(subject: Subject) -> None:
@@ -196,10 +197,15 @@ def test_characters_that_are_cut_on_the_way_are_whole(scripted: Subject) -> None
 
 def test_characters_of_many_tokens_come_whole(real: Subject) -> None:
     request = GenerationRequest(prompt="🦊🐶" * 5, raw=True, max_tokens=30, temperature=0)
-    pieces = [chunk.text for chunk in real.backend.stream(request)]
     [whole] = [chunk.text for chunk in real.backend.stream(request.with_(stream=False)) if chunk.text]
-    assert "".join(pieces) == whole
-    assert len(pieces) > 5
+
+    def pieces() -> list[str]:
+        found = [chunk.text for chunk in real.backend.stream(request)]
+        assert "".join(found) == whole
+        return found
+
+    # What comes while a reader stands still is one piece.
+    assert any(len(pieces()) > 5 for _ in range(3))
     assert set(whole) <= {"🦊", "🐶"}
 
 
@@ -261,8 +267,15 @@ def test_a_prompt_of_the_greatest_length_is_refused_for_its_tokens(real: Subject
 
 
 def test_closing_from_another_thread_ends_a_blocked_read_at_once(subject: Subject) -> None:
-    subject.prepare("long")
-    stream = subject.backend.stream(LONG)
+    def seconds() -> float:
+        subject.prepare("long")
+        return seconds_to_rest(subject, subject.backend.stream(LONG))
+
+    assert within(BOUND, seconds)
+
+
+def seconds_to_rest(subject: Subject, stream: ChunkStream) -> float:
+    """From closing a stream that another thread reads until that thread and the peer are done."""
     chunks: list[Chunk] = []
     begun, ended = threading.Event(), threading.Event()
 
@@ -277,13 +290,15 @@ def test_closing_from_another_thread_ends_a_blocked_read_at_once(subject: Subjec
     assert begun.wait(PATIENCE)
     start = time.perf_counter()
     stream.close()
-    assert ended.wait(BOUND)
+    assert ended.wait(PATIENCE)
     print(f"closed after {(time.perf_counter() - start) * 1e3:.1f} ms (the bound is {BOUND * 1e3:.0f} ms)")
-    assert eventually(subject.at_rest, BOUND)
+    assert eventually(subject.at_rest)
+    took = time.perf_counter() - start
     assert "".join(chunk.text for chunk in chunks)
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["cancelled"]
     stream.close()
     assert list(stream) == []
+    return took
 
 
 def test_closing_before_the_first_read_cancels_too(subject: Subject) -> None:
@@ -294,14 +309,24 @@ def test_closing_before_the_first_read_cancels_too(subject: Subject) -> None:
     assert not subject.real or eventually(subject.at_rest, PATIENCE)
 
 
+def seconds_until(predicate: Callable[[], bool]) -> float:
+    start = time.perf_counter()
+    assert eventually(predicate)
+    return time.perf_counter() - start
+
+
 def test_closing_in_the_same_thread_cancels(subject: Subject) -> None:
-    subject.prepare("long")
-    stream = subject.backend.stream(LONG)
-    while not next(stream).text:
-        pass
-    stream.close()
-    assert eventually(subject.at_rest, BOUND)
-    assert list(stream)[-1].finish_reason == "cancelled"
+    def seconds() -> float:
+        subject.prepare("long")
+        stream = subject.backend.stream(LONG)
+        while not next(stream).text:
+            pass
+        stream.close()
+        took = seconds_until(subject.at_rest)
+        assert list(stream)[-1].finish_reason == "cancelled"
+        return took
+
+    assert within(BOUND, seconds)
 
 
 def test_closing_after_the_end_changes_nothing(subject: Subject) -> None:
@@ -313,11 +338,14 @@ def test_closing_after_the_end_changes_nothing(subject: Subject) -> None:
 
 
 def test_a_stream_that_is_dropped_is_cancelled(subject: Subject) -> None:
-    subject.prepare("long")
-    for chunk in subject.backend.stream(LONG):
-        if chunk.text:
-            break
-    assert eventually(subject.at_rest, BOUND)
+    def seconds() -> float:
+        subject.prepare("long")
+        for chunk in subject.backend.stream(LONG):
+            if chunk.text:
+                break
+        return seconds_until(subject.at_rest)
+
+    assert within(BOUND, seconds)
 
 
 def test_two_streams_at_once_both_get_their_answers(subject: Subject) -> None:

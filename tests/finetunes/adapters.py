@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mistral_nb.checkpoints.adapter_tensors import MODULES
 from mistral_nb.finetunes.adapter import CONFIG_FILE, WEIGHTS_FILE
-from mistral_nb.finetunes.tensors import MISTRAL_7B, MODULES
+from mistral_nb.finetunes.rules import MISTRAL_7B
 
 CONFIG: dict[str, Any] = {
     "alpha_pattern": {},
@@ -34,6 +37,9 @@ CONFIG: dict[str, Any] = {
     "use_dora": False,
     "use_rslora": False,
 }
+EMBEDDED = {"dim": 576, "q": 576, "kv": 192, "hidden": 1536}
+"""The embedded model's features; it has 30 layers."""
+
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -80,4 +86,17 @@ def write_adapter(
     merged = {name: value for name, value in {**CONFIG, **(config or {})}.items() if value is not ...}
     (folder / CONFIG_FILE).write_text(json.dumps(merged, indent=2), encoding="utf-8")
     write_weights(folder / WEIGHTS_FILE, matrices() if shapes is None else shapes, dtype)
+    return folder
+
+
+def write_random(folder: Path, seed: int, modules: Sequence[str] = ("q_proj", "v_proj"), size: float = 0.05) -> Path:
+    """An adapter of the embedded model whose matrices, of `size`, change what it says; in FP32."""
+    shapes = matrices(modules, layers=30, features=EMBEDDED)
+    config = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "model_type": "llama"}
+    write_adapter(folder, {**config, "target_modules": list(modules)}, shapes, "F32")
+    values = sum(math.prod(shape) for shape in shapes.values())
+    data = np.random.default_rng(seed).normal(0, size, values).astype("<f4").tobytes()
+    with (folder / WEIGHTS_FILE).open("r+b") as file:
+        file.seek(-len(data), 2)
+        file.write(data)
     return folder

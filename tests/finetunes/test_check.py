@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from mistral_nb.checkpoints.adapter_tensors import MODULES
 from mistral_nb.errors import AdapterError, ModelError
 from mistral_nb.finetunes.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mistral_nb.finetunes.check import AdapterInfo, check, fixed_copy, inspect
-from mistral_nb.finetunes.tensors import MISTRAL_7B, MODULES
+from mistral_nb.finetunes.rules import MISTRAL_7B
 from tests.finetunes.adapters import CONFIG, Shapes, matrices, write_adapter, write_weights
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -84,6 +85,7 @@ def test_a_folder_that_the_system_does_not_show_is_told() -> None:
         ({"trainable_token_indices": [1]}, "trained token embeddings"),
         ({"rank_pattern": {"q_proj": 4}}, "ranks that differ by module"),
         ({"alpha_pattern": {"q_proj": 4}}, "scales that differ by module"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
         ({"layer_replication": [[0, 4]]}, "replicated layers"),
         ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, "target_modules names embed_tokens"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "names o_proj, which have no matrices"),
@@ -105,7 +107,6 @@ def test_a_configuration_that_is_refused(tmp_path: Path, config: dict[str, Any],
         ({"base_model_name_or_path": "mistralai/Mistral-7B-v0.1"}, "trained on v0.1"),
         ({"base_model_name_or_path": "unsloth/mistral-7b-v0.2-bnb-4bit"}, "not on the Instruct model"),
         ({"use_rslora": True}, "lora_alpha / sqrt(r)"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
     ],
 )
 def test_a_doubt_is_a_warning(tmp_path: Path, config: dict[str, Any], warning: str) -> None:
@@ -174,8 +175,7 @@ def test_the_adapter_of_another_model(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", None, matrices(tuple(CONFIG["target_modules"]), features=features))
     (found,) = problems(folder)
     assert "do not fit Mistral-7B (features: 576 and not 4096, 576 and not 4096, 192 and not 1024)" in found
-    (warning,) = check(folder, for_cloudflare=False).warnings
-    assert "an adapter of another model" in warning
+    assert check(folder, for_cloudflare=False).warnings == (), "here it may be for that other model"
     (found,) = problems(write_adapter(tmp_path / "b", None, matrices(layers=33)))
     assert "33 layers" in found
 

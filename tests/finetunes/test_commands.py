@@ -16,8 +16,9 @@ import pytest
 from mistral_nb.cli import main
 from mistral_nb.finetunes.adapter import CONFIG_FILE, DEFAULT_MODEL, WEIGHTS_FILE
 from mistral_nb.finetunes.store import AdapterStore
-from tests.finetunes.adapters import write_adapter
+from tests.finetunes.adapters import matrices, write_adapter
 from tests.finetunes.finetunes_server import PATIENCE, PUBLIC, FinetunesServer, error
+from tests.models.tiny_repos import DIM, HIDDEN, KV, sharded
 
 FIRST = "11111111-0000-4000-8000-000000000001"
 Say = Callable[..., tuple[int, str, str]]
@@ -58,6 +59,66 @@ def test_check(say: Say, folder: Path) -> None:
     assert told.endswith("\nFit for Cloudflare, by its published limits.\n")
 
 
+def test_check_for_here_tells_which_models_it_fits(say: Say, home: Path, tmp_path: Path) -> None:
+    for name in ("own-model", "no-model"):
+        (home / "models" / name).mkdir(parents=True)
+    for file, content in sharded(1).items():
+        (home / "models" / "own-model" / file).write_bytes(content)
+    features = {"dim": DIM, "q": DIM, "kv": KV, "hidden": HIDDEN}
+    mine = write_adapter(tmp_path / "mine", {"model_type": ...}, matrices(features=features))
+    status, told, _ = say("check", mine, "--local")
+    assert (status, told.splitlines()[-1]) == (0, "Fit to be added to this machine; it fits own-model.")
+    other = write_adapter(tmp_path / "other")
+    assert say("check", other, "--local")[1].endswith("; none of the models here is one that it fits.\n")
+    status, told, problem = say("check", mine)
+    assert (status, told) == (1, "")
+    assert "do not fit Mistral-7B" in problem
+    assert problem.endswith(
+        "\nFor an engine on this machine it is sound: check it with --local, which tells what models it fits\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "setting", "told"),
+    [
+        (16, None, "."),
+        (17, None, ". Of rank 17: on a GPU, start the engine with --lora-rank 17, or set lora_rank to 17."),
+        (65, None, ". Of rank 65: start the engine with --lora-rank 65, or set lora_rank to 65."),
+        (64, "64", "."),
+        (64, "32", ". Of rank 64: start the engine with --lora-rank 64, or set lora_rank to 64."),
+    ],
+)
+def test_a_rank_over_the_engines_is_told(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, setting: str | None, told: str
+) -> None:
+    if setting:
+        monkeypatch.setenv("MISTRAL_NB_LORA_RANK", setting)
+    wide = write_adapter(tmp_path / "wide", {"r": rank}, matrices(rank=rank))
+    for words in (("check", wide, "--local"), ("add", wide)):
+        assert say(*words)[1].endswith(f"one of the models here is one that it fits{told}\n")
+
+
+@pytest.mark.parametrize(("rank", "status"), [(256, 0), (257, 1)])
+def test_a_rank_that_no_engine_takes_is_unfit(say: Say, tmp_path: Path, rank: int, status: int) -> None:
+    wide = write_adapter(tmp_path / "wide", {"r": rank}, matrices(rank=rank))
+    for words in (("check", wide, "--local"), ("add", wide)):
+        found, told, problem = say(*words)
+        assert found == status
+        assert ("set lora_rank to 256." in told) == (status == 0)
+        assert ("r is 257, and 256 is the most; train it with less" in problem) == (status == 1)
+
+
+@pytest.mark.parametrize("name", ["embedded", "SmolLM2-135M-instruct", "own-model"])
+def test_a_models_name_is_none_for_an_adapter(say: Say, home: Path, folder: Path, name: str) -> None:
+    """A request may name either in the same field."""
+    (home / "models" / "own-model").mkdir(parents=True)
+    for file, content in sharded(1).items():
+        (home / "models" / "own-model" / file).write_bytes(content)
+    status, _, problem = say("add", folder, "--name", name)
+    assert (status, AdapterStore().list()) == (1, [])
+    assert f"name = '{name}': that is a model's name" in problem
+
+
 def test_check_tells_every_problem(say: Say, tmp_path: Path) -> None:
     bad = write_adapter(tmp_path / "bad", {"model_type": ..., "bias": "all", "r": 4})
     status, told, problems = say("check", bad)
@@ -80,7 +141,7 @@ def test_check_fix_makes_a_copy(say: Say, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists(), "what is unfit otherwise is not copied"
 
 
-def test_add_list_and_rm(say: Say, folder: Path) -> None:
+def test_add_list_and_remove(say: Say, folder: Path) -> None:
     status, told, _ = say("list")
     assert status == 0
     assert told.startswith("No adapters on this machine (")
@@ -88,7 +149,9 @@ def test_add_list_and_rm(say: Say, folder: Path) -> None:
     assert status == 1, "a description is printable"
     status, told, _ = say("add", folder, "--description", "like a pirate")
     (adapter,) = AdapterStore().list()
-    assert (status, told) == (0, f"tone ({adapter.id}) is in {AdapterStore().path(adapter)}\n")
+    where = f"tone ({adapter.id}) is in {AdapterStore().path(adapter)}"
+    fits = "None of the models here is one that it fits.\n"
+    assert (status, told) == (0, f"{where}; use it with --lora tone, on the local engine\n{fits}")
     assert adapter.model == "mistralai/Mistral-7B-Instruct-v0.2"
     assert say("add", folder, "--name", "other", "--model", "mine")[0] == 0
     AdapterStore().create("half", "mine")
@@ -104,8 +167,9 @@ def test_add_list_and_rm(say: Say, folder: Path) -> None:
     assert told.endswith(
         "No Cloudflare account: set CLOUDFLARE_ACCOUNT_ID and CLOUDFLARE_API_TOKEN to see its adapters\n"
     )
-    assert say("rm", "tone") == (0, "Removed tone from this machine.\n", "")
-    assert say("rm", "tone")[0] == 1
+    assert say("remove", "tone") == (0, "Removed tone from this machine.\n", "")
+    assert say("rm", "other")[0] == 0, "as for models"
+    assert say("remove", "tone")[0] == 1
 
 
 def test_what_is_unfit_is_not_added(say: Say, tmp_path: Path) -> None:
@@ -118,7 +182,7 @@ def test_what_is_unfit_is_not_added(say: Say, tmp_path: Path) -> None:
     assert "name = 'an odd name'" in problem
     status, told, _ = say("add", odd, "--name", "odd")
     assert status == 0
-    assert "\nnote: nothing tells whether" in told
+    assert told.endswith("\nNone of the models here is one that it fits.\n")
     assert AdapterStore().list()[0].model == DEFAULT_MODEL
 
 

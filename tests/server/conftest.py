@@ -36,7 +36,7 @@ def engine(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "home" / "models").symlink_to(models.store_path(), target_is_directory=True)
     engines.env["MISTRAL_NB_HOME"] = str(folder / "home")
     try:
-        shared = engines.start("--serve-as", STAND_IN, "--managed", "--idle-timeout", "600")
+        shared = engines.start("--serve-as", STAND_IN, "--managed", "--idle-timeout", "3600")
         shared.ready()
         yield shared
     finally:

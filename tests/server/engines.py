@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -77,6 +79,14 @@ class EngineUnderTest:
         return Path(self.record.log).read_text(encoding="utf-8")
 
 
+def free_port() -> int:
+    """A port on which nobody listens, none of those that the system gives to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def run_path(model: str = MODEL) -> str:
     return f"/client/v4/accounts/local/ai/run/{model}"
 
@@ -102,6 +112,7 @@ class Engines:
         self.env = {"MISTRAL_NB_RUNTIME_DIR": str(folder / "run"), "MISTRAL_NB_LOG_DIR": str(folder / "log")}
         self._started: list[EngineUnderTest] = []
         self._processes: list[subprocess.Popen[str]] = []
+        self._readers: list[threading.Thread] = []
 
     def spawn(self, *arguments: str) -> subprocess.Popen[str]:
         """A process of `mistral-nb serve`, in a session of its own as a notebook starts it."""
@@ -128,9 +139,10 @@ class Engines:
             trust_env=False,
         )
         engine = EngineUnderTest(process, record, client)
-        assert process.stdout is not None
-        threading.Thread(target=_collect, args=(process.stdout, engine.printed), daemon=True).start()
         self._started.append(engine)
+        assert process.stdout is not None
+        self._readers.append(threading.Thread(target=_collect, args=(process.stdout, engine.printed), daemon=True))
+        self._readers[-1].start()
         return engine
 
     def _record_of(self, process: subprocess.Popen[str], model: str) -> EngineRecord:
@@ -154,6 +166,9 @@ class Engines:
         for process in self._processes:
             process.kill()
             process.wait()
+        for reader in self._readers:
+            reader.join(DEADLINE)
+        for process in self._processes:
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()

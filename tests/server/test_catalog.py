@@ -66,7 +66,7 @@ def test_a_search_that_is_wrong(engine: EngineUnderTest, query: dict[str, Any]) 
 def test_openais_list(engine: EngineUnderTest, root: str) -> None:
     body = engine.client.get(f"{root}/models").json()
     assert body["object"] == "list"
-    assert [(model["id"], model["parent"]) for model in body["data"]] == [(MODEL, None), (STAND_IN, MODEL)]
+    assert [(model["id"], model["parent"]) for model in body["data"][:2]] == [(MODEL, None), (STAND_IN, MODEL)]
     assert {model["root"] for model in body["data"]} == {MODEL}
     assert {model["max_model_len"] for model in body["data"]} == {8192}
     for name in (MODEL, STAND_IN, "embedded", STAND_IN.replace("/", "%2F")):

@@ -32,7 +32,7 @@ from mistral_nb.server.edge import Door
 from mistral_nb.server.journal import REQUEST_LOG, Journal, Journalled
 from mistral_nb.server.listening import Tls
 from mistral_nb.server.logs import LogFile
-from tests.server.engines import DEADLINE, MODEL, STAND_IN, Engines, EngineUnderTest, eventually, run_path
+from tests.server.engines import DEADLINE, MODEL, STAND_IN, Engines, EngineUnderTest, eventually, free_port, run_path
 
 SHORT = {"prompt": "Name three colours.", "temperature": 0, "max_tokens": 6}
 SECRET = "planted-token-for-a-test"
@@ -51,7 +51,7 @@ def lines(engine: EngineUnderTest, request_id: str) -> list[dict[str, Any]]:
 
 def stranger(engine: EngineUnderTest, path: str, **headers: str) -> httpx.Response:
     """A request without a token."""
-    return httpx.get(f"{engine.record.base_url}{path}", headers=headers, trust_env=False)
+    return httpx.get(f"{engine.record.base_url}{path}", headers=headers, timeout=DEADLINE, trust_env=False)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +249,7 @@ def test_the_log_has_one_line_of_json_for_each_request(engine: EngineUnderTest) 
             "status": 200,
             "model": STAND_IN,
             "tokens_out": 6,
+            "tokens_reused": 0,
             "end": "length",
         }
     refused = engine.client.get("/nothing?prompt=planted-prompt")
@@ -292,8 +293,7 @@ def public(engines: Engines, pem: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
 
 
 def start_public(engines: Engines, pem: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[EngineUnderTest, int]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MISTRAL_NB_SERVER_TOKEN", SECRET)
     tls = ["--certificate", str(pem / "certificate.pem"), "--key", str(pem / "key.pem")]
     return engines.start("--host", "0.0.0.0", "--port", str(port), *tls, "--allow-host", "model.example"), port
@@ -305,7 +305,8 @@ def test_with_tls_and_a_token_others_reach_it(public: tuple[EngineUnderTest, int
     engine.ready()
     trusted = ssl.create_default_context(cafile=str(pem / "certificate.pem"))
     bearer = {"authorization": f"Bearer {SECRET}"}
-    with httpx.Client(verify=trusted, base_url=f"https://localhost:{port}", trust_env=False) as client:
+    address = f"https://localhost:{port}"
+    with httpx.Client(verify=trusted, base_url=address, timeout=DEADLINE, trust_env=False) as client:
         assert client.post(run_path(), json=SHORT, headers=bearer).json()["success"]
         assert client.get("/health", headers={"host": "model.example"}).json() == {"status": "ready"}
         assert client.get("/health", headers={"host": "evil.example"}).status_code == 421
@@ -345,9 +346,9 @@ def test_silent_connections_keep_no_one_out(engines: Engines, pem: Path, monkeyp
             silent.enter_context(socket.create_connection(("127.0.0.1", port), timeout=DEADLINE))
         with pytest.raises(subprocess.TimeoutExpired):
             engine.process.wait(4)
-        assert httpx.post(
-            engine.record.base_url + run_path(), headers=engine.client.headers, json=SHORT, trust_env=False
-        ).json()["success"]
+        address = engine.record.base_url + run_path()
+        answer = httpx.post(address, headers=engine.client.headers, json=SHORT, timeout=DEADLINE, trust_env=False)
+        assert answer.json()["success"]
         assert engine.log().count("connections are closed as they come: 120 connections are open") == 1
     assert "Traceback" not in engine.log()
 

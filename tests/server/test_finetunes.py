@@ -66,11 +66,12 @@ def test_an_adapter_from_its_name_to_a_request(engine: EngineUnderTest, name: st
 
     for lora in (name, made["id"]):
         status, code, message = error_of(engine.post({**ask, "lora": lora, "stream": True}))
-        assert (status, code) == (405, 5005)
-        assert lora in message
+        assert (status, code) == (400, 5006), "these files are no adapter"
+        assert message.startswith(f"lora = {lora!r}: ")
+        assert str(folder(engine, made).parent) not in message, "where the store is stays here"
     chat = {"model": name, "messages": [{"role": "user", "content": "hello"}]}
     refused = engine.client.post("/v1/chat/completions", json=chat)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (405, "5005"), "a name for the model, as in vLLM"
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora"), "a name for the model, as in vLLM"
 
 
 def test_cloudflares_own_are_not_here(engine: EngineUnderTest) -> None:

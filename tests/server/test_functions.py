@@ -102,10 +102,11 @@ def test_half_a_call_is_text(model: Model) -> None:
 
 def test_stop_texts_end_free_text_only(model: Model) -> None:
     assert ask(model, stop=("arguments", "}"))[-1].tool_calls == (CALL,)
-    free = ask(model, "none", stop=("arguments", "}"))
-    assert len(free) > 1
-    assert free[-1].finish_reason == "stop"
-    assert "".join(piece.text for piece in free) == '[{"name": "weather", "'
+    answers = [ask(model, "none", stop=("arguments", "}")) for _ in range(3)]
+    for free in answers:
+        assert free[-1].finish_reason == "stop"
+        assert "".join(piece.text for piece in free) == '[{"name": "weather", "'
+    assert max(map(len, answers)) > 1, "a reader that stands still gets one piece"
 
 
 def test_after_a_result_the_model_answers_in_words(model: Model) -> None:

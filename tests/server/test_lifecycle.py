@@ -44,7 +44,7 @@ def broken(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose weights are none."""
     folder = tmp_path_factory.mktemp("checkpoint") / "broken model"
     folder.mkdir()
-    for file in embedded.iterdir():
+    for file in filter(Path.is_file, embedded.iterdir()):
         if file.suffix != ".safetensors" and file.name != "mistral_nb.json":
             shutil.copy(file, folder)
     (folder / "model.safetensors").write_bytes(b"no tensors")
@@ -107,7 +107,7 @@ def test_in_the_foreground(engines: Engines) -> None:
     assert engine.record.token not in shown
     assert engine.record.log in shown
     link = next(word for word in engine.printed[4].split() if word.startswith(engine.record.base_url))
-    logins = [httpx.get(link, trust_env=False) for _ in range(2)]
+    logins = [httpx.get(link, timeout=DEADLINE, trust_env=False) for _ in range(2)]
     assert [(login.status_code, "set-cookie" in login.headers) for login in logins] == [(303, True), (303, False)]
     assert link.rpartition("=")[2] not in engine.log()
     if shutil.which("curl"):
@@ -142,20 +142,22 @@ def test_in_the_foreground(engines: Engines) -> None:
     assert_ended(engine, 0, "stopping: signal SIGINT")
 
 
-@pytest.mark.parametrize("grace", ["30", "0.5"])
+@pytest.mark.parametrize("grace", ["120", "0.5"])
 def test_a_signal_leaves_running_answers_a_grace(engines: Engines, grace: str) -> None:
     """New requests are refused meanwhile."""
     engine = engines.start("--grace", grace)
-    with engine.client.stream("POST", run_path(), json={**LONG, "max_tokens": 90 if grace == "30" else 4000}) as answer:
+    enough = grace != "0.5"
+    with engine.client.stream("POST", run_path(), json={**LONG, "max_tokens": 240 if enough else 4000}) as answer:
         lines = (line for line in answer.iter_lines() if line)
         next(lines)
         engine.process.terminate()
-        eventually(lambda: engine.health()["state"] == "stopping", "the signal has arrived")
-        refused = engine.post(SHORT)
-        assert (refused.status_code, refused.json()["errors"][0]["code"]) == (503, 3043)
+        if enough:  # else it may be gone before it is asked
+            eventually(lambda: engine.health()["state"] == "stopping", "the signal has arrived")
+            refused = engine.post(SHORT)
+            assert (refused.status_code, refused.json()["errors"][0]["code"]) == (503, 3043)
         *_, last = lines
-    assert (last == "data: [DONE]") == (grace == "30")
-    assert "stopped (signal SIGTERM)" in last or grace == "30"
+    assert (last == "data: [DONE]") == enough
+    assert "stopped (signal SIGTERM)" in last or enough
     assert_ended(engine, 0, "stopping: signal SIGTERM")
 
 

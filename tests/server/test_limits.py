@@ -35,7 +35,6 @@ def body_of(*parts: bytes, silent: bool = False) -> Receive:
 
 
 def test_a_body_that_stops_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_PATIENCE", SOON)
     answers: list[dict[str, object]] = []
 
     async def read(scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +47,7 @@ def test_a_body_that_stops_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     asyncio.run(app(scope, body_of(b"a", b"b"), send))  # type: ignore[arg-type]
     assert answers[-1]["body"] == b"ab"
+    monkeypatch.setattr(limits, "BODY_PATIENCE", SOON)
     with pytest.raises(WireError, match="2 bytes of it are here") as caught:
         asyncio.run(app(scope, body_of(b"a", b"b", silent=True), send))  # type: ignore[arg-type]
     assert (caught.value.status, caught.value.code) == (408, 3007)
@@ -134,10 +134,15 @@ def test_more_clients_than_places(small: EngineUnderTest) -> None:
         assert answer.json()["errors"][0]["code"] == 3040
         assert int(answer.headers["retry-after"]) >= 1
     eventually(lambda: small.client.get("/health").json()["refused"] == len(refused), "each is counted")
-    health = small.client.get("/health").json()
-    assert (health["active"], health["waiting"]) == (0, 0)
+    eventually(lambda: taken(small) == (0, 0), "every place is free")
     assert small.client.post("/v1/chat/completions", json={"messages": []}).status_code == 400
     assert [small.post(body).status_code for _ in range(3)] == [200] * 3
+
+
+def taken(engine: EngineUnderTest) -> tuple[int, int]:
+    """Who is being answered, and who waits for that."""
+    health = engine.client.get("/health").json()
+    return health["active"], health["waiting"]
 
 
 def test_a_full_server_still_tells_how_it_is_and_can_be_stopped(small: EngineUnderTest) -> None:

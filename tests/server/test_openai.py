@@ -17,7 +17,7 @@ from mistral_nb.server.openai import parse_chat, parse_completion
 from mistral_nb.server.openai_answers import ChatShape, Head, openai_error
 from mistral_nb.server.schemas import WireError, wire_error
 from mistral_nb.types import Function, Message, Usage
-from tests.server.engines import MODEL, STAND_IN, EngineUnderTest, frames
+from tests.server.engines import DEADLINE, MODEL, STAND_IN, EngineUnderTest, eventually, frames
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -63,7 +63,7 @@ def test_the_answer_is_that_of_the_other_wire(engine: EngineUnderTest) -> None:
     response = ask(engine, **SHORT)
     body = response.json()
     assert body["choices"][0]["message"] == {"role": "assistant", "content": other["response"], "refusal": None}
-    assert body["usage"] == other["usage"]
+    assert body["usage"] == {**other["usage"], "prompt_tokens_details": {"cached_tokens": 0}}
     assert body["id"] == f"chatcmpl-{response.headers['x-request-id']}"
     assert response.headers["x-mistral-nb-model"] == body["model"] == MODEL
 
@@ -98,7 +98,19 @@ def test_a_bare_prompt_has_no_template(engine: EngineUnderTest) -> None:
     for prompt in (raw["prompt"], [raw["prompt"]]):
         body = ask(engine, COMPLETIONS, **{**raw, "prompt": prompt}).json()
         assert body["choices"] == [{"index": 0, "text": other["response"], "logprobs": None, "finish_reason": "length"}]
-        assert body["usage"] == other["usage"]
+        assert body["usage"] == {**other["usage"], "prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def test_what_is_kept_of_a_prompt_is_told(engine: EngineUnderTest) -> None:
+    """In whole pieces of 128 tokens, and in the log too."""
+    prompt = " ".join(f"{number} green bottles," for number in range(60))
+    first, again = (ask(engine, COMPLETIONS, prompt=prompt, temperature=0, max_tokens=4) for _ in range(2))
+    told = [answer.json()["usage"] for answer in (first, again)]
+    kept = told[0]["prompt_tokens"] // 128 * 128
+    assert [usage["prompt_tokens_details"] for usage in told] == [{"cached_tokens": 0}, {"cached_tokens": kept}]
+    assert kept > 0
+    assert again.json()["choices"] == first.json()["choices"]
+    eventually(lambda: f'"tokens_reused": {kept}' in engine.log(), "its line in the log")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/client/v4/accounts/any/ai/v1/chat/completions"])
@@ -283,7 +295,7 @@ def test_errors_have_the_statuses_of_this_interface(engine: EngineUnderTest) -> 
     assert error_of(engine.client.post(CHAT, content=b"[]"))[:2] == (400, "5006")
     assert error_of(engine.client.get(CHAT))[:2] == (405, "7001")
     assert error_of(engine.client.get("/v1/nothing"))[:2] == (404, "7000")
-    stranger = httpx.get(f"{engine.record.base_url}/v1/models", trust_env=False)
+    stranger = httpx.get(f"{engine.record.base_url}/v1/models", timeout=DEADLINE, trust_env=False)
     assert error_of(stranger)[:2] == (401, "invalid_api_key")
 
 
