@@ -1,4 +1,4 @@
-"""The `%mistral` and `%%mistral` magics."""
+"""The `%mistral` and `%%mistral` magics, and those that measure kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "unregister"]
 
+_NAMES = {"Mistral": ("mistral",), "KernelBench": ("mistral_bench", "mistral_kernel")}
+"""The names of the magics of each class."""
+
 
 def register(shell: InteractiveShell) -> None:
     """Add the magics and their completion to `shell`; does nothing when they are there."""
+    from mistral_nb_magics.bench.magics import KernelBench
     from mistral_nb_magics.cell import Mistral
     from mistral_nb_magics.completion import add_completion
 
     if "Mistral" not in shell.magics_manager.registry:
-        shell.register_magics(Mistral)
+        shell.register_magics(Mistral, KernelBench)
         add_completion(shell)
 
 
@@ -25,9 +29,12 @@ def unregister(shell: InteractiveShell) -> None:
     from mistral_nb_magics.completion import remove_completion
 
     manager = shell.magics_manager
-    magics = manager.registry.pop("Mistral", None)
-    if magics is not None:
-        for kind in ("line", "cell"):
-            manager.magics[kind].pop("mistral", None)
+    for kind, names in _NAMES.items():
+        magics = manager.registry.pop(kind, None)
+        if magics is None:
+            return
+        for name in names:
+            manager.magics["line"].pop(name, None)
+            manager.magics["cell"].pop(name, None)
         shell.configurables.remove(magics)
-        remove_completion(shell)
+    remove_completion(shell)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from IPython.core.displayhook import CapturingDisplayHook, DisplayHook
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 from traitlets import Bool, Unicode
@@ -26,6 +22,7 @@ from mistral_nb_magics.commands import COMMANDS, find_command
 from mistral_nb_magics.display import Style, is_notebook, make_display, mark_of, show_result
 from mistral_nb_magics.lora import run_lora
 from mistral_nb_magics.options import Call, config_traits, mistral_arguments, read_call
+from mistral_nb_magics.outcome import short_errors, shown_once
 from mistral_nb_magics.stream import Interrupts, follow
 
 if TYPE_CHECKING:
@@ -59,7 +56,8 @@ A line that is one of these words, with nothing but options after it, is a comma
 
 {chr(10).join(f"    %mistral {name:<8} {told}" for name, (told, _) in COMMANDS.items())}
 
-`%config Mistral` lists the defaults of the options, and sets them: `%config Mistral.temperature = 0`."""
+`%config Mistral` lists the defaults of the options, and sets them: `%config Mistral.temperature = 0`. `%mistral_bench?`
+and `%%mistral_kernel?` tell how kernels are measured and written."""
 
 
 @magics_class
@@ -82,7 +80,7 @@ class Mistral(Magics):
     @no_var_expand
     def mistral(self, line: str, cell: str | None = None) -> Any:
         command = find_command(line) if cell is None else None
-        with _short_errors():
+        with short_errors():
             if command:
                 return self._command(*command)
             call = read_call(_MAGIC.parser, line, cell, self._defaults(), self._shell.user_ns)
@@ -274,40 +272,14 @@ class Mistral(Magics):
         return self._already_shown(self.last)
 
     def _already_shown(self, result: Result) -> Result:
-        """`result`, which the display hook leaves out until this cell has ended: it was shown while it came."""
-        formatter, events, style = self._shell.display_formatter, self._shell.events, self._last_style
-
-        def hidden(value: Result) -> bool:
-            return value is result and _in_display_hook()
-
-        def skip(value: Result) -> None:
-            if not hidden(value):
-                show_result(self._shell, value, style)
-
-        def name(value: Result) -> tuple[dict[str, str], dict[str, Any]]:
-            return ({"text/plain": "<Result, shown above>"}, {}) if hidden(value) else value._repr_mimebundle_()
-
-        def forget(*_: Any) -> None:
-            printers.pop(Result, None)
-            events.unregister("post_run_cell", forget)
-
-        notebook = is_notebook(self._shell)
-        printers = formatter.ipython_display_formatter if notebook else formatter.mimebundle_formatter
-        printers.for_type(Result, skip if notebook else name)
-        events.register("post_run_cell", forget)
-        return result
+        style = self._last_style
+        return shown_once(
+            self._shell, result, "<Result, shown above>", lambda value: show_result(self._shell, value, style)
+        )
 
 
 _MAGIC: Any = vars(Mistral)["mistral"]
 """The magic as a function, with its options in `parser` and its manual in `__doc__`."""
-
-
-def _in_display_hook() -> bool:
-    hooks = (DisplayHook.__call__.__code__, CapturingDisplayHook.__call__.__code__)
-    frame: FrameType | None = sys._getframe(1)
-    while frame and frame.f_code not in hooks:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _dry_run_report(found: DryRun, call: Call) -> str:
@@ -318,14 +290,3 @@ def _dry_run_report(found: DryRun, call: Call) -> str:
         f"{found.prompt}\n\n{count} tokens of a context of {found.context}, {fits}; asked for at most {wanted}\n"
         f"{' '.join(map(str, found.tokens))}"
     )
-
-
-@contextmanager
-def _short_errors() -> Iterator[None]:
-    """Errors that the user can do something about fail the cell with their message alone, without a traceback."""
-    try:
-        yield
-    except (MistralError, KeyboardInterrupt) as error:
-        lines = [f"{type(error).__name__}: {error}".removesuffix(": ")]
-        vars(error)["_render_traceback_"] = lambda: lines
-        raise

@@ -1,4 +1,4 @@
-"""Completion of what `%mistral` and `%%mistral` take: commands, options, their values, and `{{variables}}`."""
+"""Completion of what our magics take: commands, options, their values, and `{{variables}}`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from IPython.core.error import UsageError
 
 from mistral_nb.config import BACKENDS
 from mistral_nb.errors import ModelError
+from mistral_nb_magics.bench.options import bench_candidates
 from mistral_nb_magics.commands import COMMANDS, LORA_ACTIONS
 from mistral_nb_magics.interpolate import lookup
 from mistral_nb_magics.options import FORMATS
@@ -60,7 +61,7 @@ def _words(
     if former[:1] == ["lora"] and in_line and (len(former) == 1 or former[1] in LORA_ACTIONS):
         return _lora_words(word, former)
     if last == "--lora":
-        return _adapters()
+        return _adapters(word)
     if last == "--backend":
         return BACKENDS
     if last == "--format":
@@ -83,11 +84,13 @@ def _lora_words(word: str, former: list[str]) -> Iterable[str]:
     takes = LORA_ACTIONS[former[1]]
     if "folder" in takes and len(former) == 2 and not word.startswith("-"):
         return _folders(word)
+    if "adapter" in takes and len(former) == 2:
+        return _kept_here()
     if former[-1] == "--model":
         from mistral_nb.finetunes.adapter import DEFAULT_MODEL
 
         return (DEFAULT_MODEL,)
-    return [f"--{name}" for name in takes if name != "folder"] if word.startswith("-") else ()
+    return [f"--{name}" for name in takes if name not in ("folder", "adapter")] if word.startswith("-") else ()
 
 
 def _folders(begun: str) -> list[str]:
@@ -101,10 +104,18 @@ def _folders(begun: str) -> list[str]:
     return [f"{parent}{each}/" for each in found if name or not each.startswith(".")]
 
 
-def _adapters() -> list[str]:
+def _adapters(begun: str) -> list[str]:
+    """What adapters are called, and folders where a path is begun: the local engine takes them too."""
+    from mistral_nb.finetunes.adapter import is_path
     from mistral_nb.finetunes.known import known_names
 
-    return known_names()
+    return _folders(begun) if is_path(begun) else known_names()
+
+
+def _kept_here() -> list[str]:
+    from mistral_nb.finetunes.known import kept_names
+
+    return kept_names()
 
 
 def _names(owner: str, namespace: Mapping[str, Any]) -> list[str]:
@@ -139,6 +150,8 @@ def add_completion(shell: InteractiveShell) -> None:
     def mistral_matcher(context: completer.CompletionContext) -> completer.SimpleMatcherResult:
         first_line = context.full_text.lstrip().partition("\n")[0]
         word, found = candidates(context.text_until_cursor, first_line, shell.user_ns, options)
+        if not found:
+            word, found = bench_candidates(context.text_until_cursor, shell.user_ns)
         completions = [completer.SimpleCompletion(text=name, type="mistral") for name in found]
         return {"completions": completions, "matched_fragment": word, "suppress": bool(found)}
 

@@ -58,7 +58,7 @@ class Style:
     rounds: int = 0
 
 
-class Display(Surface, Protocol):
+class Display(Surface[Chunk], Protocol):
     """A surface with an end."""
 
     def finish(self, result: Result, error: BaseException | None) -> None:

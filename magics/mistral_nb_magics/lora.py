@@ -1,4 +1,4 @@
-"""`%mistral lora`: adapters listed, checked, and put on Cloudflare, with a bar while they are uploaded."""
+"""`%mistral lora`: adapters listed, checked, kept here, and put on Cloudflare, with a bar while they are uploaded."""
 
 from __future__ import annotations
 
@@ -40,34 +40,48 @@ def run_lora(options: Namespace, settings: Settings, work: Work) -> None:
         case "public":
             print(work("Asking Cloudflare", lambda say: report.public_report(settings)))
         case "check":
-            print(report.check_report(_folder(options), for_cloudflare=True, fix=None))
+            fix, cloudflare = _path(options.fix) if options.fix else None, not options.local
+            rank = settings.lora_rank
+            print(report.check_report(_folder(options), for_cloudflare=cloudflare, fix=fix, lora_rank=rank))
+        case "add":
+            told = options.name, options.model, options.description or ""
+            print(report.add_report(_folder(options), *told, settings.lora_rank))
+        case "remove" | "rm":
+            if options.which is None:
+                raise UsageError("which adapter? Such as: %mistral lora remove my-adapter")
+            print(report.remove_report(options.which))
         case "push":
             _push(options, settings, work)
         case _:
-            raise UsageError("%mistral lora list, public, check DIR, or push DIR --name N?")
+            raise UsageError("%mistral lora list, public, check DIR, add DIR, remove NAME, or push DIR --name N?")
 
 
 def _refuse_unused(options: Namespace) -> None:
     takes = LORA_ACTIONS.get(options.action, vars(options))
+    takes = (*takes, "action", *(["which"] if {"folder", "adapter"} & set(takes) else []))
     for name, value in vars(options).items():
-        if name != "action" and value is not None and name not in takes:
-            what = f"folder ({value})" if name == "folder" else f"--{name}"
+        if value is not None and name not in takes:
+            what = f"folder ({value})" if name == "which" else f"--{name}"
             raise UsageError(f"%mistral lora {options.action} takes no {what}; leave it out")
 
 
 def _folder(options: Namespace) -> Path:
-    if options.folder is None:
+    if options.which is None:
         raise UsageError(f"which folder? Such as: %mistral lora {options.action} my-adapter")
+    return _path(options.which)
+
+
+def _path(word: str) -> Path:
     try:
-        return Path(options.folder).expanduser()
+        return Path(word).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{options.folder}: nobody here is called so; give the folder by its path") from error
+        raise UsageError(f"{word}: nobody here is called so; give the folder by its path") from error
 
 
 def _push(options: Namespace, settings: Settings, work: Work) -> None:
     folder = _folder(options)
     if options.name is None:
-        raise UsageError(f"under which name? Such as: %mistral lora push {options.folder} --name my-adapter")
+        raise UsageError(f"under which name? Such as: %mistral lora push {options.which} --name my-adapter")
     from mistral_nb.finetunes.adapter import DEFAULT_MODEL
     from mistral_nb.finetunes.cloudflare import Push
     from mistral_nb.finetunes.report import pushed

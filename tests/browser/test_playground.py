@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mistral_nb import models
+from mistral_nb.finetunes import AdapterStore
+from tests.finetunes.adapters import write_random
 from tests.server.engines import STAND_IN, Engines, EngineUnderTest, eventually
 
 if TYPE_CHECKING:
@@ -28,7 +31,11 @@ HOSTILE = """<img src=x onerror="window.hit = 1"><script>window.hit = 2</script>
 
 @pytest.fixture(scope="module")
 def engine(embedded: Path, chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineUnderTest]:
-    engines = Engines(tmp_path_factory.mktemp("playground-engine"))
+    folder = tmp_path_factory.mktemp("playground-engine")
+    engines = Engines(folder)
+    (folder / "home").mkdir()
+    (folder / "home" / "models").symlink_to(models.store_path(), target_is_directory=True)
+    engines.env["MISTRAL_NB_HOME"] = str(folder / "home")
     try:
         engine = engines.start("--serve-as", STAND_IN)
         engine.ready()
@@ -105,6 +112,35 @@ def test_stop_ends_the_generation(engine: EngineUnderTest, page: Page, complaint
     page.get_by_role("button", name="Send").click()
     page.get_by_role("alert").filter(has_text="The session has ended").wait_for()
     assert page.get_by_label("The server's token").is_visible()
+
+
+def test_an_adapter_is_named_and_weighed(
+    engine: EngineUnderTest, page: Page, complaints: list[str], tmp_path: Path
+) -> None:
+    store = AdapterStore(Path(engine.record.log).parent.parent / "home" / "adapters")
+    store.add(write_random(tmp_path / "tone", 1), "tone", "embedded")
+    log_in(page, engine)
+    complaints.clear()
+    page.get_by_label("Prompt").fill("Name three colours.")
+    page.get_by_label("Most tokens").fill("12")
+    page.get_by_label("Temperature").fill("0")
+    said = []
+    for lora, scale, footer in (
+        ("", "1", "ended by length"),
+        ("tone", "1", "adapter tone at 1"),
+        ("tone", "0", "tone at 0"),
+    ):
+        page.get_by_label("Adapter").fill(lora)
+        page.get_by_label("Scale").fill(scale)
+        page.get_by_role("button", name="Send").click()
+        page.get_by_text(re.compile(f"{footer}$")).wait_for()
+        said.append(page.locator("#answer").text_content())
+    assert said[0] == said[2] != said[1]
+    assert page.locator("#adapters option").evaluate_all("options => options.map(one => one.value)") == ["tone"]
+    page.get_by_label("Adapter").fill("tune")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_role("alert").filter(has_text="(code 3037)").wait_for()
+    assert complaints == []
 
 
 def test_what_a_model_writes_stays_text_in_light_and_dark(engine: EngineUnderTest, page: Page) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.conftest import Lab
 from tests.browser.test_cell import execute, output, wait_done
@@ -49,9 +50,8 @@ def test_the_bar_is_shown_and_goes(own_lab: Lab, hub: HubServer, page: Page) -> 
     wait_done(load, 1)
     execute(page, pull)
     bar = output(pull).locator("pre", has_text="B/s")
-    bar.wait_for()
-    shown = bar.inner_text()
-    assert re.search(r"  \d+%  █{5,}░{5,}  [\d.]+ of [\d.]+ MB  [\d.]+ .?B/s", shown), shown
+    shown = re.compile(r"  \d+%  █{5,}░{5,}  [\d.]+ of [\d.]+ MB  [\d.]+ .?B/s")
+    expect(bar).to_have_text(shown, timeout=60_000)
     page.wait_for_function(MONOSPACED_BAR)
     assert output(pull).count() == 1
     fault.over.set()

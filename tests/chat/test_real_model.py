@@ -5,7 +5,7 @@ from __future__ import annotations
 from mistral_nb.chat import ChatSession, Choice, TextAdded, Turn
 from tests.chat.conftest import Heard
 
-LIMIT = 60.0
+LIMIT = 180.0
 
 
 def test_it_answers_with_what_was_said_before(real: ChatSession) -> None:

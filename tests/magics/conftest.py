@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,9 @@ def shell(bare_shell: InteractiveShell) -> Iterator[InteractiveShell]:
 @pytest.fixture
 def kernel(own_settings: None) -> Iterator[Kernel]:
     """A real kernel with the extension loaded. Ask for `cloud` before it to let it ask the peer."""
-    kernel = Kernel()
-    assert kernel.run("%load_ext mistral_nb").status == "ok"
-    yield kernel
-    kernel.close()
+    with closing(Kernel()) as kernel:
+        assert kernel.run("%load_ext mistral_nb").status == "ok"
+        yield kernel
 
 
 @pytest.fixture

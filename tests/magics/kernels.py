@@ -9,14 +9,15 @@ from typing import Any
 
 from jupyter_client.manager import KernelManager
 
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 
 
 @dataclass
 class Output:
-    """One output message: when it came (seconds after the request), its type, and its content."""
+    """One output message: when it came (seconds after the request), when the kernel sent it, its type, its content."""
 
     seconds: float
+    sent: float
     kind: str
     content: dict[str, Any]
 
@@ -65,8 +66,12 @@ class Kernel:
         self._manager = KernelManager()
         self._manager.start_kernel()
         self.client = self._manager.client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=TIMEOUT)
+        try:
+            self.client.start_channels()
+            self.client.wait_for_ready(timeout=TIMEOUT)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, code: str, watch: Callable[[Output], None] = lambda output: None, cell: str | None = None) -> Run:
         """Run a cell, by its id where it has one, until the kernel is idle again. `watch` sees outputs as they come."""
@@ -85,7 +90,8 @@ class Kernel:
             if kind == "status" and content["execution_state"] == "idle":
                 break
             if kind not in ("status", "execute_input"):
-                result.outputs.append(Output(time.monotonic() - started, kind, content))
+                sent = message["header"]["date"].timestamp()
+                result.outputs.append(Output(time.monotonic() - started, sent, kind, content))
                 watch(result.outputs[-1])
         while not result.reply:
             message = self.client.get_shell_msg(timeout=TIMEOUT)

@@ -9,7 +9,7 @@ from mistral_nb.backends.pump import Emit, Line, Pump
 from mistral_nb.types import Chunk, Description, GenerationRequest
 
 Step = Chunk | threading.Event | BaseException
-LIMIT = 10.0
+LIMIT = 60.0
 
 
 class Scripted:

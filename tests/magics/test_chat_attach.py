@@ -69,9 +69,9 @@ def test_a_class_or_function_is_its_source() -> None:
     ids=["text", "bytes", "nested", "dict", "long item"],
 )
 def test_a_huge_value_is_cut_and_soon_there(value: object) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     text = text_of(value)
-    assert time.monotonic() - started < 2
+    assert time.thread_time() - started < 2
     assert MAX_ATTACHMENT <= len(text) < MAX_ATTACHMENT + 100
     assert text.endswith("(cut: the first 16000 characters)")
 

@@ -15,7 +15,7 @@ from mistral_nb.chat import Choice
 from mistral_nb.errors import InvalidRequest
 from mistral_nb_magics.chat.panel import Panel
 from mistral_nb_magics.chat.transcript import MARK, MAX_PLAIN, bundle
-from tests.backends.scripted import Peer
+from tests.backends.scripted import Peer, eventually
 from tests.chat.conftest import says
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_in_a_terminal_a_chat_prints_itself_and_asks_in_code(run: Any, cloud: Peer, capsys: Any) -> None:
     cloud.scripts = [says("Fo", "ur.")]
-    before = threading.active_count()
+    before = set(threading.enumerate())
     done = run("import mistral_nb\nchat = mistral_nb.Chat()\nanswer = chat.ask('Two and two?')\nchat")
     assert done.success
     assert done.result.conversation.path[0].answer == "Four."
@@ -31,7 +31,8 @@ def test_in_a_terminal_a_chat_prints_itself_and_asks_in_code(run: Any, cloud: Pe
     assert "You: Two and two?\n\nFour.\n" in printed
     assert "chat.ask(...) asks" in printed
     assert done.result._stage is None
-    assert threading.active_count() <= before + 1
+    stays = set(threading.enumerate()) - before
+    assert eventually(lambda: sum(thread.is_alive() for thread in stays) <= 1)
 
 
 def test_in_a_terminal_the_magic_says_how_to_ask(run: Any) -> None:
@@ -148,6 +149,40 @@ def test_what_the_panel_is_shown_is_told_to_nobody(panel: Panel, told: list[Any]
     assert panel._comparing.value is True
     panel._numbers["top_p"].value = "0.25"
     assert told[-1][0] == Choice("cloudflare", "m", None, {"top_p": 0.25, "lora": "mine"})
+
+
+def test_an_adapter_has_a_scale(panel: Panel, told: list[Any]) -> None:
+    slider = panel._who["lora_scale"]
+    assert (slider.value, slider.disabled) == (1, True), "there is nothing to weigh"
+    panel._who["lora"].value = "mine"
+    assert not slider.disabled
+    assert "lora_scale" not in told[-1][0].fields, "a backend that knows no scale takes one as it is"
+    slider.value = 0.15000000000000002
+    assert told[-1][0].fields == {"seed": 1, "lora": "mine", "lora_scale": 0.15}
+    slider.value = 0
+    assert told[-1][0].fields["lora_scale"] == 0
+    panel._who["lora"].value = ""
+    assert told[-1][0].fields == {"seed": 1}
+    assert slider.disabled
+
+
+def test_the_scale_of_whom_to_compare_with_is_its_own(panel: Panel, told: list[Any]) -> None:
+    panel._comparing.value = True
+    panel._who["lora"].value = panel._other["lora"].value = "mine"
+    panel._other["lora_scale"].value = 0.5
+    choice, compare = told[-1]
+    assert (choice.fields, compare.fields) == (
+        {"seed": 1, "lora": "mine"},
+        {"seed": 1, "lora": "mine", "lora_scale": 0.5},
+    )
+
+
+def test_a_scale_beyond_the_slider_is_shown(panel: Panel, told: list[Any]) -> None:
+    panel.show(Choice(fields={"lora": "mine", "lora_scale": 7.5}), None)
+    slider = panel._who["lora_scale"]
+    assert (slider.value, slider.max, slider.disabled, told) == (7.5, 7.5, False, [])
+    panel.show(Choice(fields={"lora": "mine"}), None)
+    assert (slider.value, slider.max) == (1, 2)
 
 
 EXIT = """

@@ -40,6 +40,7 @@ OPTIONS = ["--max-tokens", "--model", "--temperature"]
         ("%mistral pull org/name --r", None, "--r", ["--revision"]),
         ("%mistral models smollm2-", None, "smollm2-", ["smollm2-135m-instruct"]),
         ("%mistral lora pu", None, "pu", ["public", "push"]),
+        ("%mistral lora check x --", None, "--", ["--local", "--fix"]),
         ("%mistral lora push x --", None, "--", ["--name", "--model", "--description"]),
         ("%mistral lora push x --model @", None, "@", [DEFAULT_MODEL]),
         ("%mistral lora list --", None, "--", []),
@@ -87,8 +88,10 @@ def test_folders_are_offered_for_an_adapter(tmp_path: Path, monkeypatch: pytest.
         (f"{tmp_path}/.", [f"{tmp_path}/.hidden/"]),
         ("nobody/", []),
     ):
-        for action in ("check", "push"):
-            line = f"%mistral lora {action} {word}"
+        lines = [f"%mistral lora {action} {word}" for action in ("add", "check", "push")]
+        if word.startswith((".", "~", "/")):
+            lines.append(f"%%mistral --lora {word}")
+        for line in lines:
             assert candidates(line, line, NAMES, OPTIONS) == (word, wanted)
     assert candidates("%mistral lora list t", "", NAMES, OPTIONS) == ("t", [])
 
@@ -107,6 +110,8 @@ def test_adapters_that_are_known_here_are_offered(tmp_path: Path, monkeypatch: p
         offered = sorted([*offered, "tide-here"])
         line = "%%mistral --lora tide"
         assert candidates(line, line, NAMES, OPTIONS) == ("tide", offered)
+        line = "%mistral lora remove t"
+        assert candidates(line, line, NAMES, OPTIONS) == ("t", ["tide-here"]), "what is elsewhere is not removed here"
         list_adapters(settings)
     offered = sorted([*offered, "tide-elsewhere"])
     for line in ("%%mistral --lora tide", "%mistral Hi --lora tide"):

@@ -22,13 +22,15 @@ PROMPT = r"In \[\d+\]: $"
 def terminal(cloud: Peer) -> Iterator[pexpect.spawn]:
     command = ["-m", "IPython", "--no-banner", "--no-confirm-exit", "--simple-prompt", "--no-term-title"]
     child = pexpect.spawn(
-        sys.executable, command, env={**os.environ, "TERM": "xterm"}, encoding="utf-8", timeout=30, dimensions=(50, 200)
+        sys.executable, command, env={**os.environ, "TERM": "xterm"}, encoding="utf-8", timeout=60, dimensions=(50, 200)
     )
-    child.expect(PROMPT)
-    child.sendline("%load_ext mistral_nb")
-    child.expect(PROMPT)
-    yield child
-    child.close(force=True)
+    try:
+        child.expect(PROMPT)
+        child.sendline("%load_ext mistral_nb")
+        child.expect(PROMPT)
+        yield child
+    finally:
+        child.close(force=True)
 
 
 def test_text_runs_status_is_wiped_and_the_footer_is_dim(cloud: Peer, terminal: pexpect.spawn) -> None:

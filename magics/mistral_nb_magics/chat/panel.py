@@ -13,7 +13,8 @@ from mistral_nb.chat import CHAT_FIELDS, Choice
 from mistral_nb.config import BACKENDS
 from mistral_nb.errors import InvalidRequest
 from mistral_nb.types import Field
-from mistral_nb_magics.chat.choosing import followed
+from mistral_nb_magics.chat.choosing import ADAPTER, followed
+from mistral_nb_magics.chat.slider import USUAL, ScaleSlider
 
 __all__ = ["Panel"]
 
@@ -23,18 +24,20 @@ WIDE = {"width": "auto", "min_width": "14em", "flex": "2 1 24em"}
 """For names, such as those of models, which are longer than numbers; their labels are shorter."""
 WIDE_STYLE = {"description_width": "5em"}
 WHO = ("backend", "model", "lora")
-_HOW = tuple(field for field in CHAT_FIELDS if field.name not in WHO)
-_LABELS = {"lora": "adapter", "lora_scale": "adapter scale", "stop": "stop at"}
+_HOW = tuple(field for field in CHAT_FIELDS if field.name not in (*WHO, *ADAPTER))
+_LABELS = {"lora": "adapter", "stop": "stop at"}
 _HELP = {
     "backend": "Who answers, or the https:// address of a mistral-nb serve. Empty leaves it to the settings.",
     "model": "A name of the backend's. Empty is its own choice.",
-    "lora": "Name or id of a LoRA adapter.",
+    "lora": "Name or id of a LoRA adapter; locally also its folder's path.",
+    "lora_scale": "Weight of the adapter, on the local engine: 1 as it was trained, 0 the model without it.",
     "stop": "Stop before this text; \\n is a newline. Several are separated by |.",
 }
 
 
 class Panel:
-    """One text field for each setting, empty where it is left to the backend; the next question is asked with them.
+    """One text field for each setting, empty where it is left to the backend, and a slider for an adapter's scale; the
+    next question is asked with them.
 
     `changed` is called with the choice, and with the one to compare with or None, after each change that is valid; what
     is not says so below, and the choice stays as it was. `lock` is held meanwhile; it must let its thread in again.
@@ -51,9 +54,9 @@ class Panel:
         self._choice, self._compare = choice, compare
         self._quiet = False
         self._lock = lock
-        self._who = {name: _who_field(name) for name in WHO}
+        self._who = {**{name: _who_field(name) for name in WHO}, "lora_scale": _slider()}
         self._numbers = {each.name: _field(each) for each in _HOW}
-        self._other = {name: _who_field(name) for name in WHO}
+        self._other = {**{name: _who_field(name) for name in WHO}, "lora_scale": _slider()}
         self._comparing = widgets.Checkbox(
             value=compare is not None, description="Ask these too, side by side", indent=False, layout={"width": "100%"}
         )
@@ -99,6 +102,10 @@ class Panel:
             fields["backend"].value = shown.backend or ""
             fields["model"].value = shown.model or ""
             fields["lora"].value = shown.fields.get("lora") or ""
+            slider, scale = fields["lora_scale"], shown.fields.get("lora_scale")
+            slider.max = max(USUAL, scale or 0.0)
+            slider.value = 1.0 if scale is None else scale
+        self._free_sliders()
         for name, box in self._numbers.items():
             box.value = _shown(choice.fields.get(name))
         self._comparing.value = compare is not None
@@ -114,8 +121,14 @@ class Panel:
                 self._said.value = f'<span role="alert">{html.escape(str(error))}</span>'
                 return
             self._said.value = ""
+            self._free_sliders()
             self._choice, self._compare = choice, compare
             self._changed(choice, compare)
+
+    def _free_sliders(self) -> None:
+        """A scale can be moved where there is an adapter."""
+        for fields in (self._who, self._other):
+            fields["lora_scale"].disabled = not fields["lora"].value.strip()
 
     def _read(self) -> tuple[Choice, Choice | None]:
         """What the fields say; the system text, which has no field here, stays."""
@@ -128,7 +141,8 @@ class Panel:
 
 
 def _made(who: Mapping[str, Any], system: str | None, numbers: Mapping[str, Any]) -> Choice:
-    fields = {**numbers, "lora": who["lora"].value.strip() or None}
+    lora, scale = who["lora"].value.strip() or None, round(who["lora_scale"].value, 6)
+    fields = {**numbers, "lora": lora, "lora_scale": None if lora is None or scale == 1 else scale}
     return Choice(who["backend"].value.strip(), who["model"].value.strip(), system, fields)
 
 
@@ -149,6 +163,10 @@ def _who_field(name: str) -> Any:
         style=WIDE_STYLE,
         **_tooltip(_HELP[name]),
     )
+
+
+def _slider() -> Any:
+    return ScaleSlider(help=_HELP["lora_scale"], layout={**WIDE, "flex": "0 1 24em"})
 
 
 def _field(field: Field) -> Any:

@@ -10,6 +10,7 @@ from mistral_nb.chat import Choice, Conversation, Turn
 from mistral_nb.config import Settings
 from mistral_nb.errors import MistralError
 from mistral_nb.rendering import Block, blocks
+from mistral_nb_magics.chat.choosing import ADAPTER
 
 __all__ = ["BlockCache", "block_view", "recent_prompts", "shown", "turn_view", "who_is_next"]
 
@@ -107,8 +108,8 @@ def _who(turn: Turn) -> str:
 
 
 def _settings(turn: Turn) -> str:
-    """What was set for this turn, in few words. The adapter stands in the footer."""
-    named = {name: value for name, value in turn.choice.fields.items() if name != "lora"}
+    """What was set for this turn, in few words. The adapter and its scale stand in the footer."""
+    named = {name: value for name, value in turn.choice.fields.items() if name not in ADAPTER}
     return ", ".join(f"{name} {_short(value)}" for name, value in named.items())
 
 

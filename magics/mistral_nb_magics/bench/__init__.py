@@ -1,0 +1,1 @@
+"""The `%mistral_bench` and `%%mistral_kernel` magics."""
