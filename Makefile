@@ -9,14 +9,15 @@ ARGS    ?=
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test check format lab bench mutants kernels kernels-readme gpu clean
+.PHONY: help demo test soak check format lab bench mutants kernels kernels-readme gpu clean
 
 help:
 	@echo "make demo    run examples/quickstart.ipynb with the embedded model and print the answers as they stream"
 	@echo "make test    run the tests"
+	@echo "make soak    many requests at once, each answered as alone: five seeds of three minutes (ARGS='--seeds 1 --seconds 30')"
 	@echo "make check   lint, format check, types, generated parts of the README"
 	@echo "make lab     open the quickstart in JupyterLab"
-	@echo "make bench   measure the embedded model on this machine"
+	@echo "make bench   measure the embedded model on this machine (ARGS=serve: under load)"
 	@echo "make mutants break the kernels one line at a time; each has to turn a test red"
 	@echo "make kernels compile the kernels for every architecture, without a GPU, and check what the code uses"
 	@echo "make gpu     run the GPU tests with this host's own python3 and torch (PART=device for one file)"
@@ -27,6 +28,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -42,7 +46,8 @@ format: $(VENV)/.dev
 lab: $(VENV)/.dev
 	$(BIN)/jupyter lab examples/quickstart.ipynb $(ARGS)
 
-bench: $(VENV)/.demo
+# Other engines are measured beside ours with the packages of the tests, of which transformers is one and matplotlib another.
+bench: $(VENV)/$(if $(or $(findstring engine,$(ARGS)),$(findstring --plot,$(ARGS))),.dev,.demo)
 	$(BIN)/python -m mistral_nb bench $(ARGS)
 
 mutants: $(VENV)/.dev

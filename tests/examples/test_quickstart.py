@@ -75,7 +75,8 @@ def test_the_demo_succeeds_and_streams(executed: tuple[NotebookNode, Timed, int]
     book, out, status = executed
     assert status == 0, out.getvalue()
     assert re.search(r"\d+ tokens from .+, [\d.]+ tokens/s", out.getvalue())
-    text = answers(book)[0][0].data["text/plain"]
+    # The one at temperature 0: one drawn by chance may be too short to come in pieces.
+    text = answers(book)[1][0].data["text/plain"]
     assert text in out.getvalue()
     pieces = [piece for piece in out.writes if piece.strip() and piece in text]
     assert len(pieces) >= 5, pieces
