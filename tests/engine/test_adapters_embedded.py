@@ -24,7 +24,7 @@ from mistral_nb_kernels import choose
 from tests.engine.jobs import ids, wait_until
 from tests.engine.tiny_adapters import CPU, Tiny, write
 
-CONTEXT, PLACES, PAGE, COUNT = 256, 4, 16, 16
+CONTEXT, PLACES, PAGE, COUNT = 256, 4, 16, 8
 TEXT = [(i * i * 31 + 7 * i) % 40000 + 100 for i in range(200)]
 
 
@@ -55,11 +55,11 @@ def asked(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> list[
         for rank, modules in of
     )
     return [
-        Job(TEXT[:150], few),
+        Job(TEXT[:156], few),
         Job(TEXT[:140], every),
-        Job(TEXT[:150], every, 0.5),
-        Job(TEXT[:150], wide, 2.0, 0.8),
-        Job(TEXT[:150]),
+        Job(TEXT[:156], every, 0.5),
+        Job(TEXT[:156], wide, 2.0, 0.8),
+        Job(TEXT[:156]),
         Job(TEXT[:9], every, 1.5, 0.8),
         Job(TEXT[:60], few, 0.0),
     ]
@@ -67,7 +67,7 @@ def asked(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @contextmanager
 def running(model: Transformer, ahead: bool, tokens: int = PLACES * CONTEXT) -> Iterator[Engine]:
-    pool = KVPool(model.args, PLACES, tokens, model.dtype, CPU, PAGE if ahead else None)
+    pool = KVPool(model.args, PLACES, tokens, model.kv_dtype, CPU, PAGE if ahead else None)
     slots = AdapterSlots(model.args, model.dtype, CPU, slots=PLACES)
     runner: Any = GraphRunner(model, pool, slots) if ahead else DirectRunner(model, pool, 2, slots)
     runner.chunk = 128

@@ -142,6 +142,43 @@ def test_linear_int8_rounds_inputs_and_sums_to_bf16(n: int, inputs: int) -> None
     assert relative(got, x.double() @ exact.t()) < 4e-3
 
 
+def test_linear_int8_takes_rows_that_lie_apart() -> None:
+    """In bf16, which is not converted: strided, and as columns of another tensor."""
+    weight, scale = ops.quantize_int8(torch.randn(33, 64))
+    x = torch.randn(5, 64).bfloat16()
+    expected = ops.linear_int8(x, weight, scale)
+    wide = torch.full((5, 96), torch.nan, dtype=torch.bfloat16)
+    for apart in (x.t().contiguous().t(), wide[:, 8:72].copy_(x)):
+        assert not apart.is_contiguous()
+        assert torch.equal(ops.linear_int8(apart, weight, scale), expected)
+
+
+@pytest.mark.skipif(not ops.cpu_has("avx512_vnni"), reason="this CPU adds products of int8 up in 16 bits")
+@pytest.mark.parametrize("inputs", [576, 1000, 1024])
+def test_linear_int8_of_many_outputs_is_exact_but_for_15_bits_of_x(inputs: int) -> None:
+    x = torch.randn(9, inputs) * torch.logspace(-3, 2, 9)[:, None]
+    x[0], x[1], x[2] = 0, -1, torch.tensor([3.0, -0.01]).repeat(inputs // 2)
+    weight, scale = ops.quantize_int8(torch.randn(1 << 14, inputs))
+    weight[:2], weight[2] = 127, -127
+    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (127 * 128)
+    whole = (x.double() @ weight.double().t()) * scale.double()
+    got = ops.linear_int8(x, weight, scale)
+    assert got.dtype == torch.float32
+    assert ((got - whole).abs() <= 0.51 * step * weight.abs().sum(-1) * scale + 2**-23 * whole.abs()).all()
+    assert relative(got[3:], whole[3:]) < 1e-4
+    assert torch.equal(got[0], torch.zeros(1 << 14))
+    threads = torch.get_num_threads()
+    try:
+        for count, rows in itertools.product((1, 2, 3), range(1, 10)):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.linear_int8(x[:rows], weight, scale), got[:rows])
+            assert torch.equal(ops.linear_int8(x[9 - rows :], weight, scale), got[9 - rows :])
+    finally:
+        torch.set_num_threads(threads)
+    x[4, 7] = torch.nan
+    assert ops.linear_int8(x, weight, scale).isnan().all(-1).tolist() == [row == 4 for row in range(9)]
+
+
 def test_quantize_int8_keeps_within_half_a_step() -> None:
     x = torch.randn(40, 96)
     x[3] = 0

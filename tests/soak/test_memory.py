@@ -72,12 +72,12 @@ def test_what_comes_and_goes_in_a_reserve_is_no_growth_and_all_else_is(monkeypat
     before = newest(watch)
     reserve.tensor[1].fill_(1)
     assert touched(reserve.tensor) == 2**24
-    assert abs(newest(watch) - before) < 2e6
+    assert abs(newest(watch) - before) < 6e6
     reserve.release(1)
     assert touched(reserve.tensor) == 0
     with mmap.mmap(-1, 2**24) as kept:
         kept.write(b"\1" * len(kept))
-        assert abs(newest(watch) - before - len(kept)) < 2e6
+        assert abs(newest(watch) - before - len(kept)) < 6e6
     watch.stop()
 
 
