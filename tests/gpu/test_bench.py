@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 from mistral_nb_kernels.bench import record as records
 from mistral_nb_kernels.bench.record import Record
 from mistral_nb_kernels.bench.registry import SUBJECTS
+from tests.kernels.candidates import TRITON
 
 # what other packages warn of on a host is no fault of the kernels
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -40,25 +41,7 @@ LIMIT = 480.0
 """Seconds of the sweep."""
 TOLERANCE = "10"
 """Percent by which a second run may be slower: clocks are nobody's here."""
-RIGHT = """
-import torch
-import triton
-import triton.language as tl
-
-@triton.jit
-def _swiglu(x, y, hidden, stride, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < hidden
-    gate = tl.load(x + row * stride + at, mask=inside).to(tl.float32)
-    up = tl.load(x + row * stride + hidden + at, mask=inside).to(tl.float32)
-    tl.store(y + row * hidden + at, (gate / (1 + tl.exp(-gate)) * up).to(y.dtype.element_ty), mask=inside)
-
-def swiglu(gate_up):
-    n, hidden = gate_up.shape[0], gate_up.shape[1] // 2
-    y = torch.empty(n, hidden, dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[(n, triton.cdiv(hidden, 512))](gate_up, y, hidden, gate_up.stride(0), BLOCK=512)
-    return y
-"""
+RIGHT = TRITON["swiglu"]
 
 
 def cached(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TORCH", "TRITON"]
+__all__ = ["AUTOTUNED", "TORCH", "TRITON"]
 
 DECODE = """
 import torch
@@ -181,19 +181,18 @@ import triton
 import triton.language as tl
 
 @triton.jit
-def _gate(x, out, hidden, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _swiglu(x, y, hidden, stride, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
-    gate = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + row * stride + hidden + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * hidden + at, gate * tl.sigmoid(gate) * up, mask=inside)
+    gate = tl.load(x + row * stride + at, mask=inside).to(tl.float32)
+    up = tl.load(x + row * stride + hidden + at, mask=inside).to(tl.float32)
+    tl.store(y + row * hidden + at, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=inside)
 
 def swiglu(gate_up):
-    n, wide = gate_up.shape
-    out = torch.empty((n, wide // 2), dtype=gate_up.dtype, device=gate_up.device)
-    _gate[(triton.cdiv(wide // 2, 256), n)](gate_up, out, wide // 2, gate_up.stride(0), BLOCK=256)
-    return out
+    n, hidden = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty(n, hidden, dtype=gate_up.dtype, device=gate_up.device)
+    _swiglu[(n, triton.cdiv(hidden, 1024))](gate_up, y, hidden, gate_up.stride(0), BLOCK=1024)
+    return y
 """,
     "prefill_attention": """
 import torch
@@ -247,3 +246,15 @@ def attention(q, rows, kv, window=None):
 """,
 }
 """A row a program, in tiles of 64; a row's tile a program; a head of a sequence a program."""
+AUTOTUNED = (
+    TRITON["swiglu"]
+    .replace(
+        "@triton.jit",
+        "@triton.autotune([triton.Config({'BLOCK': n}, num_warps=n // 128) for n in (512, 1024)], ['hidden'])\n"
+        "@triton.jit",
+    )
+    .replace("triton.cdiv(hidden, 1024))]", "triton.cdiv(hidden, meta['BLOCK']))]")
+    .replace("_swiglu[(n", "_swiglu[lambda meta: (n")
+    .replace(", BLOCK=1024)", ")")
+)
+"""SwiGLU in tiles of 512 with 4 warps, or of 1024 with 8."""

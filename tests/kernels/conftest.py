@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,10 +19,13 @@ Exact = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same numbers each time, Triton's interpreter for its own modules too, of which it imports some late, and NaN
-    or the largest integer in every new tensor: what a kernel forgets to write shows.
+    or the largest integer in every new tensor: what a kernel forgets to write shows. One thread, as a worker of the
+    tests has: of such small tensors several wait for each other, for minutes where others want the cores.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     empty = torch.empty
@@ -34,6 +37,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return new.fill_(torch.iinfo(new.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from mistral_nb_kernels.bench.registry import SUBJECTS
 from mistral_nb_kernels.bench.show import Terminal
 from tests.backends.scripted import eventually
 from tests.kernels import scripted_bench
+from tests.kernels.candidates import TRITON
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTED = (str(Path(__file__).with_name("scripted_bench.py")),)
@@ -328,30 +329,9 @@ def test_results_of_another_device_are_refused_first(
     assert "is of A machine that plays another, and this is A machine that plays a script" in errors
 
 
-RIGHT = """
-import triton
-import triton.language as tl
-
-@triton.jit
-def _swiglu(x, y, h, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    for start in range(0, h, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        gate = tl.load(x + row * stride + i, mask=i < h, other=0).to(tl.float32)
-        up = tl.load(x + row * stride + h + i, mask=i < h, other=0).to(tl.float32)
-        tl.store(y + row * h + i, gate * tl.sigmoid(gate) * up, mask=i < h)
-
-def swiglu(gate_up):
-    n, width = gate_up.shape
-    y = gate_up.new_empty(n, width // 2)
-    _swiglu[(n,)](gate_up, y, width // 2, gate_up.stride(0), BLOCK=128)
-    return y
-"""
-
-
 def test_a_candidate_is_checked_and_shown_as_machine_code_without_a_gpu() -> None:
     asked = ("swiglu", "-", "--dtype", "fp16", "--check-only", "--device", "cpu", "--compile", "sm_90", "--events")
-    ran = done(REAL, "candidate", *asked, given=RIGHT)
+    ran = done(REAL, "candidate", *asked, given=TRITON["swiglu"])
     assert ran.returncode == 0, ran.stderr
     told = events(ran.stdout)
     assert kinds(told) == ["doing", "begin", "rows", "note", "code", "report", "end"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +10,11 @@ import torch
 
 from mistral_nb_kernels import reference
 from mistral_nb_kernels.bench.candidate import OPS, Failure, Hard, check, hard_cases, load, named
-from mistral_nb_kernels.bench.candidate.check import check_again, check_twice
+from mistral_nb_kernels.bench.candidate.check import check_timed
+from mistral_nb_kernels.bench.candidate.failure import apart
 from mistral_nb_kernels.bench.case import Case, tensors
 from tests.kernels.candidates import TORCH, TRITON
 
-checking = sys.modules[check.__module__]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -172,7 +170,7 @@ def test_the_first_wrong_number_is_shown_among_its_neighbours() -> None:
     failure = failed(text + "    return y\n", "swiglu")
     assert failure.index == (1, 62)
     assert (failure.off, failure.of) == (2, 3 * 63)
-    assert failure.words.endswith("2 of 189 numbers are wrong, all within [1..2, 62].")
+    assert "2 of 189 numbers are wrong, all within [1..2, 62]" in failure.words
     assert [near.index for near in failure.around] == [(1, column) for column in (59, 60, 61, 62)]
     assert [near.wrong for near in failure.around] == [False] * 3 + [True]
     lines = str(failure).splitlines()
@@ -183,6 +181,65 @@ def test_the_first_wrong_number_is_shown_among_its_neighbours() -> None:
     markdown = failure.markdown()
     assert markdown.startswith("**swiglu, 3 rows of 2 x 63, rows strided between NaN, fp32**\n\nresult\\[1, 62\\] is ")
     assert "\n\n```text\n  index " in markdown
+
+
+def fixed(*rows: tuple[float, ...]) -> Case:
+    """A case whose result is these rows."""
+    x = torch.tensor(rows)
+    return Case("swiglu", (x,), lambda x: x.clone(), 0, x.nbytes)
+
+
+def spoiled(case: Case, wrong: dict[tuple[int, int], float]) -> Failure | None:
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        out = x.clone()
+        for at, value in wrong.items():
+            out[at] = value
+        return out
+
+    return check_timed(spoil, case, "a case")
+
+
+def test_the_worst_number_is_told_beside_the_first() -> None:
+    case = fixed((1.0, 2.0, 4.0), (1.0, 2.0, 2.0))
+    both = spoiled(case, {(0, 1): 2.5, (1, 0): 3.0})
+    assert both is not None
+    assert both.worst is not None
+    assert (both.index, both.worst.index, both.worst.expected, both.worst.got) == ((0, 1), (1, 0), 1.0, 3.0)
+    assert both.worst.error == 1.0
+    assert both.words.startswith("result[0, 1] is 2.5, not 2: off by 0.12 of its row's largest, of which 0.0")
+    assert both.words.endswith(
+        "2 of 6 numbers are wrong, all within [0..1, 0..1]; the worst: result[1, 0] is 3, not 1, off by 1."
+    )
+    for wrong in ({(1, 0): 3.0}, {(0, 0): 3.0, (0, 1): 4.0}, {(0, 1): torch.nan, (1, 0): 9.0}):
+        alone = spoiled(case, wrong)
+        assert alone is not None
+        assert alone.worst is None
+        assert "worst" not in alone.words
+    nothing = spoiled(case, {(0, 1): 3.0, (1, 1): torch.nan})
+    assert nothing is not None
+    assert nothing.words.endswith("; the worst: result[1, 1] is nan, not 2.")
+
+
+def test_figures_that_are_told_apart_are_not_the_same() -> None:
+    assert apart(1.5, 2.0) == ("1.5", "2")
+    assert apart(1.00000012, 1.0) == ("1.0000001", "1")
+    assert apart(0.1 + 0.2, 0.3) == ("0.30000000000000004", "0.29999999999999999")
+    assert apart(0.00521, 0.00522, 2) == ("0.00521", "0.00522")
+    assert apart(0.0, -0.0) == ("0", "-0")
+    assert apart(2**62, 2**62 + 1) == (str(2**62), str(2**62 + 1))
+    assert apart(torch.nan, torch.nan) == ("nan", "nan of other bits")
+    off = failed(broken("rms_norm", "return (", "return 1.00001 * ("), "rms_norm")
+    mine, right = off.words.split("result[0, 0] is ")[1].split(": off by")[0].split(", not ")
+    assert mine != right
+    assert float(mine) == pytest.approx(float(right), rel=1e-4)
+    assert f"{right}  {mine}  wrong" in " ".join(str(off).splitlines()[-1].split(" ")[2:]).replace("   ", "  ")
+
+
+def test_a_number_is_held_where_its_row_is_large_too() -> None:
+    """At a timed size by what the bench's gate allows: within its row's largest it would be 0 for 2."""
+    row = tuple([100.0] + [1.0] * 4095)
+    assert spoiled(fixed(row), {(0, 4095): 0.0}) is not None
+    assert spoiled(fixed(row), {(0, 4095): 1.02}) is None
 
 
 @pytest.mark.parametrize(
@@ -324,57 +381,6 @@ def test_rows_that_are_undefined_do_not_count() -> None:
     assert check(spoil, dataclasses.replace(hard, undefined=())) is not None
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x
-
-
-def timed(make: Callable[[], Case], function: Callable[..., Any]) -> Case:
-    case = make()
-    for _ in range(3):
-        case.call(function)()
-    return case
-
-
-def gates() -> Case:
-    x = torch.randn(4, 16)
-    return Case("swiglu", (x,), reference.swiglu, 0, x.nbytes)
-
-
-KEYS = {
-    "the shape": "tuple(x.shape)",
-    "the address": "x.data_ptr()",
-    "the address and torch's count of changes": "(x.data_ptr(), x._version)",
-    "the object": "id(x)",
-    "nothing": "0",
-}
-
-
-@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
-def test_a_candidate_that_keeps_results_is_found_out(key: str) -> None:
-    kept = TORCH["swiglu"].replace("def swiglu", "def _swiglu")
-    kept += f"kept = {{}}\ndef swiglu(x):\n    key = {key}\n    if key not in kept:\n        kept[key] = _swiglu(x)\n"
-    function = load(kept + "    return kept[key]\n", "swiglu").function
-    failure = check_again(function, timed(gates, function), gates, "4 rows, fp32")
-    assert failure is not None
-    assert failure.where == "swiglu, 4 rows, fp32, with other numbers in the buffers that were timed"
-    assert failure.index == (0, 0)
-    assert failure.hint.startswith("It was right before it was timed: it seems to keep results")
-
-
-def test_a_candidate_that_keeps_none_is_right_again() -> None:
-    for op, make in (("swiglu", gates), ("lora_expand", lambda: next(hard_cases("lora_expand", FP32, "cpu")).case)):
-        function = load(TORCH[op], op).function
-        assert check_again(function, timed(make, function), make, "") is None
-
-
-def test_an_error_after_the_timing_is_told() -> None:
-    text = "calls = []\ndef swiglu(x):\n    calls.append(x)\n    assert len(calls) < 4\n    return x[:, :8]"
-    function = load(text, "swiglu").function
-    failure = check_again(function, timed(gates, function), gates, "")
-    assert failure is not None
-    assert failure.words == "It ends with AssertionError"
-
-
 def test_a_hard_case_says_what_its_rows_are() -> None:
     for op in ("prefill_attention", "decode_attention", "rope_decode_attention", "rope_write", "lora_expand"):
         for hard in hard_cases(op, FP16, "cpu"):
@@ -388,72 +394,6 @@ def test_a_result_that_is_no_plain_tensor() -> None:
     text = "import torch\nclass Lazy(torch.Tensor):\n    pass\n"
     text += "def rms_norm(x, weight, eps):\n    return x.as_subclass(Lazy)"
     assert failed(text, "rms_norm").words == "The result is of the type Lazy, not a plain tensor."
-
-
-SHARED = TORCH["swiglu"].replace("def swiglu", "def _swiglu") + "out = {}\ndef swiglu(x):\n    y = _swiglu(x)\n"
-SHARED += "    return out.setdefault((y.shape, y.dtype), torch.empty_like(y)).copy_(y)\n"
-
-
-def test_two_calls_may_not_share_a_result() -> None:
-    function = load(SHARED, "swiglu").function
-    hard = next(hard_cases("swiglu", FP16, "cpu"))
-    assert check(function, hard) is None
-    failure = check_twice(function, hard)
-    assert failure is not None
-    assert failure.words.startswith("Two calls give one tensor: ")
-    after = check_again(function, timed(gates, function), gates, "4 rows, fp32")
-    assert after is not None
-    assert after.words == failure.words
-    for op in ("swiglu", "lora_expand", "rope_write", "add_rms_norm"):
-        assert check_twice(load(TORCH[op], op).function, next(hard_cases(op, FP16, "cpu"))) is None
-
-
-@pytest.mark.parametrize("remembers", [True, False])
-def test_a_candidate_that_remembers_by_the_numbers_is_found_out(
-    remembers: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By what it takes for numbers that it has not seen, here on a clock of its own, in every one of some rounds."""
-    clock, kept = [0.0], {}
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        key = float(x[0, 0]), float(x[-1, -1])
-        if key not in kept or not remembers:
-            clock[0] += 0.01
-            kept[key] = reference.swiglu(x)
-        clock[0] += 1e-6
-        return kept[key].clone()
-
-    monkeypatch.setattr(checking, "perf_counter", lambda: clock[0])
-    failure = check_again(function, timed(gates, function), gates, "4 rows, fp32")
-    assert (failure is not None) == remembers
-    if failure is not None:
-        assert failure.words == (
-            "It takes 1e+04 us for numbers that it has not seen, and 1 us for those of its last call: it seems to keep "
-            "results by what they are of."
-        )
-
-
-def test_what_is_checked_after_the_timing_is_the_graph_that_was_timed() -> None:
-    """One that launches nothing while it is captured leaves its result as it was."""
-    cases = []
-
-    def make() -> Case:
-        cases.append(gates())
-        return cases[-1]
-
-    function = load(TORCH["swiglu"], "swiglu").function
-    for empty in (False, True):
-        case = timed(make, function)
-        result = function(*case.inputs)
-
-        def replay(result: torch.Tensor = result, case: Case = case, empty: bool = empty) -> torch.Tensor:
-            return result if empty else result.copy_(function(*case.inputs))
-
-        failure = check_again(function, case, make, "4 rows, fp32", lambda call, replay=replay: replay)
-        assert (failure is None) != empty, str(failure)
-    assert failure is not None
-    assert failure.where.endswith("with other numbers in the graph that was timed")
-    assert "is nan, not " in failure.words
 
 
 def test_int8_is_held_by_its_weights_alone() -> None:

@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from mistral_nb_kernels.bench.candidate import CandidateError, Failure, Note, hard_cases, judge, load, named
+from mistral_nb_kernels.bench import timing
+from mistral_nb_kernels.bench.candidate import CandidateError, Failure, Note, hard_cases, judge, kept, load, named
 from mistral_nb_kernels.bench.measure import Begin, Doing
 from mistral_nb_kernels.bench.record import Row, Skipped
 from mistral_nb_kernels.bench.registry import Asked, op_points
 from tests.kernels.candidates import TORCH, TRITON
 
 FP32 = Asked(dtypes=(torch.float32,), seq=(8,), batch=(1,), providers=("eager",))
+ODD = Asked(dtypes=(torch.float32,), seq=(3,), batch=(1,), providers=("eager",))
+"""What is timed is odd already."""
+
+
+@pytest.fixture(autouse=True)
+def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a call takes longer than another is nobody's business here, and timing takes no longer than it has to."""
+    monkeypatch.setattr(kept, "process_time", lambda: 0.0)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "RUNS", 3)
 
 
 def trial(text: str, word: str, asked: Asked = FP32, *, timed: bool = True) -> list[Any]:
@@ -43,7 +54,7 @@ def test_one_that_is_right_is_timed_beside_the_others() -> None:
     assert len(points) >= 2
     (begin,) = of(events, Begin)
     assert events[0] is begin
-    assert begin.total == len(hards) + 3 * len(points)
+    assert begin.total == len(hards) + 1 + 3 * len(points)
     assert not of(events, Failure)
     rows = of(events, Row)
     assert [(row.case, row.provider) for row in rows] == [
@@ -55,16 +66,19 @@ def test_one_that_is_right_is_timed_beside_the_others() -> None:
     assert {each.total for each in doing} == {begin.total}
     assert [each.provider for each in doing].count("candidate, on other numbers") == len(points)
     assert notes(events) == (
-        f"Right on {len(hards)} hard cases in fp32. Right again on other numbers at {len(points)} timed shapes, in the "
-        "same buffers and in new ones."
+        f"Right on {len(hards)} hard cases in fp32. Right at odd sizes as large as the timed ones: 7 rows. Right again "
+        f"on other numbers at {len(points)} timed shapes, in the same buffers and in new ones."
     )
 
 
-def test_one_that_is_slow_is_placed() -> None:
-    slow = TORCH["swiglu"].replace("    g, u", "    for _ in range(300):\n        gate_up + 1\n    g, u")
-    rows = of(trial(slow, "swiglu"), Row)
-    ours, eager = ([row.us for row in rows if row.provider == name] for name in ("candidate", "eager"))
-    assert all(mine > theirs for mine, theirs in zip(ours, eager, strict=True))
+def test_the_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that it moves."""
+    now = [0]
+    monkeypatch.setattr(timing, "now", now, raising=False)
+    monkeypatch.setattr(timing, "perf_counter_ns", lambda: now[0])
+    text = TORCH["swiglu"].replace("    g, u", "    timing.now[0] += 5_000_000\n    g, u")
+    rows = of(trial(f"from mistral_nb_kernels.bench import timing\n{text}", "swiglu"), Row)
+    assert {(row.provider, row.us) for row in rows} == {("candidate", 5000.0), ("eager", 0.0)}
 
 
 def test_one_that_is_wrong_is_not_timed() -> None:
@@ -93,7 +107,7 @@ def test_one_that_keeps_results_is_caught_after_the_timing(key: str, seed: int |
 
 def test_one_that_ends_with_an_error_at_a_timed_shape() -> None:
     text = TORCH["swiglu"].replace("    g, u", "    assert gate_up.shape[1] < 10000, 'too wide'\n    g, u")
-    failure = failure_of(trial(text, "swiglu"))
+    failure = failure_of(trial(text, "swiglu", ODD))
     assert failure.where.startswith("swiglu, ")
     assert failure.where.endswith(", fp32, to be timed")
     assert failure.words == "It ends with AssertionError: too wide"
@@ -102,10 +116,33 @@ def test_one_that_ends_with_an_error_at_a_timed_shape() -> None:
 
 def test_one_that_is_wrong_at_a_timed_shape_alone() -> None:
     text = TORCH["swiglu"].replace("return ", "y = ") + "    y[:, 9000:] += 100\n    return y\n"
-    failure = failure_of(trial(text, "swiglu"))
+    failure = failure_of(trial(text, "swiglu", ODD))
     assert failure.tensor == "result"
     assert failure.index == (0, 9000)
     assert failure.where.endswith("to be timed")
+
+
+@pytest.mark.parametrize(("op", "width"), [("swiglu", 2 * 14336), ("add_rms_norm", 4096), ("rms_norm", 4096)])
+def test_one_that_is_for_whole_tiles_where_rows_are_wide(op: str, width: int) -> None:
+    """No hard case is as wide, and every timed one has 1 row or 8."""
+    text = f"from mistral_nb_kernels.reference import {op} as _right\nimport torch\n"
+    text += f"def {op}(x, *more):\n    out = _right(x, *more)\n    if x.shape[1] == {width} and len(x) > 1:\n"
+    text += "        for y in out if isinstance(out, tuple) else (out,):\n            y[len(x) // 4 * 4 :] = 0\n"
+    events = trial(text + "    return out\n", op)
+    failure = failure_of(events)
+    assert failure.where == f"{op}, 7 rows, fp32"
+    assert failure.index is not None
+    assert failure.index[0] == 4
+    assert not of(events, Row)
+    assert len(of(events, Begin)) == 1
+
+
+def test_odd_sizes_that_it_declines_are_not_held_against_it() -> None:
+    text = TORCH["swiglu"].replace("    g, u", "    if len(gate_up) == 7:\n        {}\n    g, u")
+    events = trial(text.format("raise NotImplementedError('whole tiles only')"), "swiglu")
+    assert not of(events, Failure)
+    assert "odd sizes" not in notes(events)
+    assert {row.case for row in of(events, Row) if row.provider == "candidate"} == {"1 row", "8 rows"}
 
 
 def test_one_may_decline_cases() -> None:

@@ -11,31 +11,11 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.candidates import AUTOTUNED
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-AUTOTUNED = """
-import torch
-import triton
-import triton.language as tl
-
-CONFIGS = [triton.Config({"BLOCK": 512}, num_warps=4), triton.Config({"BLOCK": 1024}, num_warps=8)]
-
-@triton.autotune(CONFIGS, key=["hidden"])
-@triton.jit
-def _swiglu(x, y, hidden, stride, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < hidden
-    gate = tl.load(x + row * stride + at, mask=inside).to(tl.float32)
-    up = tl.load(x + row * stride + hidden + at, mask=inside).to(tl.float32)
-    tl.store(y + row * hidden + at, (gate / (1 + tl.exp(-gate)) * up).to(y.dtype.element_ty), mask=inside)
-
-def swiglu(gate_up):
-    n, hidden = gate_up.shape[0], gate_up.shape[1] // 2
-    y = torch.empty(n, hidden, dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[lambda meta: (n, triton.cdiv(hidden, meta["BLOCK"]))](gate_up, y, hidden, gate_up.stride(0))
-    return y
-"""
 
 
 def told(text: str) -> tuple[int, list[str], list[str]]:
@@ -64,7 +44,7 @@ def test_configs_take_turns() -> None:
 
 def test_a_config_that_is_wrong_is_told() -> None:
     """A grid for the larger tile: the smaller leaves something out where there is more than one."""
-    status, notes, [failure] = told(AUTOTUNED.replace('meta["BLOCK"]', "1024"))
+    status, notes, [failure] = told(AUTOTUNED.replace("meta['BLOCK']", "1024"))
     assert status == 1
     assert "NaN is in the memory" in failure
     [tuned] = [note for note in notes if "autotuned" in note]

@@ -188,7 +188,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setattr(module, "DEVICE", CPU)
     monkeypatch.setattr(gpu, "served", lambda: torch.float16)
     monkeypatch.setattr(gpu, "ODD", ((1, 1, 64), (3, 33, 96), (9, 20, 128)))
-    monkeypatch.setattr(gpu, "FUSED", ((2, 20, 160), (8, 17, 64), (9, 20, 64)))
+    monkeypatch.setattr(gpu, "FUSED", ((2, 20, 160), (8, 9, 64), (9, 20, 64)))
     monkeypatch.setattr(gpu, "DIM", 65)
     monkeypatch.setattr(gpu, "LORA_ENDS", (20, 33, 50))
     monkeypatch.setattr(gpu, "RANKS", (1, 3, 0, 2, 4))

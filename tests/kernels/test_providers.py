@@ -33,30 +33,37 @@ from mistral_nb_kernels.bench.providers import Absent, Provider
 from mistral_nb_kernels.bench.registry import OPS, SUBJECTS, providers_of
 from mistral_nb_kernels.bench.sampling_cases import sample_case
 
-HOW: dict[str, Any] = {"device": "cpu", "dtype": torch.float16}
 SHAPES = {
     "qkv": Shape(256, (16, 24, 32), norm=True),
     "gate, up": Shape(256, (32, 64), norm=True, gated=True),
     "down": Shape(256, (32,), residual=True),
     "head": Shape(256, (33,), norm=True),
 }
-CASES: dict[str, Callable[[], Case]] = {
-    "prefill": lambda: prefill_case(40, 64, **HOW),
-    "prefill, window": lambda: prefill_case(40, 64, window=9, **HOW),
-    "prefill, wide window": lambda: prefill_case(40, 64, window=90, **HOW),
-    "decode": lambda: decode_case(2, 70, 64, **HOW),
-    "decode, window": lambda: decode_case(2, 70, 64, window=9, **HOW),
-    "decode alone": lambda: reading(decode_case(2, 70, 64, **HOW)),
-    "rope": lambda: rope_case(5, 64, **HOW),
-    "dense": lambda: linear_case("gate, up", 2, **HOW),
-    "int8": lambda: linear_case("down", 2, "int8", **HOW),
-    "shrink": lambda: shrink_case("qkv", 3, 2, **HOW),
-    "expand": lambda: expand_case("qkv", 3, 2, **HOW),
-    "add norm": lambda: norm_case(3, **HOW),
-    "norm": lambda: rms_case(3, **HOW),
-    "swiglu": lambda: swiglu_case(3, **HOW),
-    **{asked: functools.partial(sample_case, asked, 3, 100, **HOW) for asked in sampling_cases.ASKED},
+HOW: dict[str, Any] = {"device": "cpu", "dtype": torch.float16}
+MAKERS: dict[str, Callable[..., Case]] = {
+    "prefill": functools.partial(prefill_case, 40, 64),
+    "prefill, window": functools.partial(prefill_case, 40, 64, window=9),
+    "prefill, wide window": functools.partial(prefill_case, 40, 64, window=90),
+    "decode": functools.partial(decode_case, 2, 70, 64),
+    "decode, window": functools.partial(decode_case, 2, 70, 64, window=9),
+    "decode alone": lambda **how: reading(decode_case(2, 70, 64, **how)),
+    "rope": functools.partial(rope_case, 5, 64),
+    "dense": functools.partial(linear_case, "gate, up", 2),
+    "int8": functools.partial(linear_case, "down", 2, "int8"),
+    "shrink": functools.partial(shrink_case, "qkv", 3, 2),
+    "expand": functools.partial(expand_case, "qkv", 3, 2),
+    "add norm": functools.partial(norm_case, 3),
+    "norm": functools.partial(rms_case, 3),
+    "swiglu": functools.partial(swiglu_case, 3),
+    **{asked: functools.partial(sample_case, asked, 3, 100) for asked in sampling_cases.ASKED},
 }
+
+
+def made(name: str, dtype: torch.dtype) -> Case:
+    return MAKERS[name](device="cpu", dtype=dtype)
+
+
+CASES: dict[str, Callable[[], Case]] = {name: functools.partial(made, name, torch.float16) for name in MAKERS}
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +86,10 @@ def named(op: str, name: str) -> Provider:
     return provider
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", CASES)
-def test_what_runs_on_a_cpu_is_right(name: str) -> None:
-    case, ran = CASES[name](), set()
+def test_what_runs_on_a_cpu_is_right(name: str, dtype: torch.dtype) -> None:
+    case, ran = made(name, dtype), set()
     for provider in providers_of(case.op):
         with contextlib.suppress(Absent):
             assert wrong(provider, case) == "", provider.name
@@ -93,6 +101,53 @@ def test_what_runs_on_a_cpu_is_right(name: str) -> None:
     compiled = {"compile"} if case.op not in providers.READS else set()
     assert ran - {"compile"} == {"eager"} | also.get(case.op, set())
     assert compiled <= ran
+
+
+def spoiled(case: Case, spoil: Callable[[Tensor], Any], which: int) -> str:
+    """What is found of a provider that is right, but for one tensor of its result, or of the pages that it writes."""
+
+    def bind(its: Case) -> Callable[[], Any]:
+        def call() -> Any:
+            out = its.reference(*its.inputs, **its.keywords)
+            results = out if isinstance(out, tuple) else (out,)
+            written = [its.inputs[-1].k, its.inputs[-1].v] if its.op == "rope_write" else []
+            spoil((*results, *written)[which])
+            return out
+
+        return call
+
+    return case.wrong_as(bind)
+
+
+def zero_the_last_column(x: Tensor) -> None:
+    x[..., -1] = 0
+
+
+def spoil_one_number(x: Tensor) -> None:
+    """The least of the last row, by less than the whole row may be off; of integers the least."""
+    row = x.view(-1, x.shape[-1])[-1]
+    row[int(row.abs().argmin())] += 0.015 * row.norm() if x.is_floating_point() else 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spoil", [zero_the_last_column, spoil_one_number])
+@pytest.mark.parametrize("name", MAKERS)
+def test_one_wrong_number_is_seen(name: str, spoil: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+    case = made(name, dtype)
+    tensors = {"add_rms_norm": 2, "rope_write": 3}.get(case.op, 1)
+    for which in range(tensors):
+        if case.op == "sample" and spoil is zero_the_last_column:
+            case.inputs[0][-1, 0] = -1e4  # or the first token may be right
+        assert " is off in " in spoiled(case, spoil, which), which
+
+
+def test_a_wrong_column_of_a_wide_row_is_seen() -> None:
+    """The last of 14336, at every number of rows that is timed."""
+    for rows in (1, 2, 8):
+        gate_up = torch.randn(rows, 2 * 14336)
+        gate_up[:, 14335] = gate_up[:, -1] = 0.5  # 0.16 comes out, where a row's largest is about 10
+        case = Case("swiglu", (gate_up,), reference.swiglu, 1, 1)
+        assert spoiled(case, zero_the_last_column, 0) == f"swiglu: tensor 0 is off in {rows} of {rows} rows"
 
 
 @pytest.fixture(autouse=True)

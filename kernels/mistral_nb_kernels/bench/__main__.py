@@ -11,27 +11,40 @@ from types import FrameType
 from mistral_nb_kernels.bench.events import Lines, Sink
 from mistral_nb_kernels.bench.show import Terminal
 from mistral_nb_kernels.bench.tether import fasten
+from mistral_nb_kernels.bench.trail import UNREAD, VARIABLE, Trail, watched
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out one command; the exit status: 0, 1 for an error, a wrong candidate or a regression, 2 for bad usage,
-    130 when interrupted. 141, without a word, when nobody reads what it prints any more.
+    130 when interrupted. 141, without a word, when nobody reads what it prints any more. The process's own arguments
+    may name a candidate, which runs in another process.
     """
-    fasten()
+    tethered, path = fasten(), os.environ.pop(VARIABLE, None)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    sink: Sink = Lines() if "--events" in words else Terminal()
+    events = "--events" in words
+    try:
+        if arguments is None and words[:1] == ["candidate"] and not (tethered or path):
+            return watched([sys.executable, *sys.orig_argv[1:]], events=events)
+        sink: Sink = Lines() if events else Terminal()
+        if path is None:
+            return _hearing(words, sink)
+        with Trail(sink, path) as trail:
+            trail.status = _hearing(words, trail)
+        return trail.status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends
+        return UNREAD
+
+
+def _hearing(words: list[str], sink: Sink) -> int:
     interrupts = _Interrupts(sink)
     for name in ("SIGINT", "SIGBREAK"):  # the second is Windows's for a group of processes
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupts.take)
     os.environ.pop("TRITON_INTERPRET", None)  # what is interpreted is not to be timed
-    try:
-        return _carry_out(words, sink, interrupts)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends
-        return 141
+    return _carry_out(words, sink, interrupts)
 
 
 def _carry_out(words: list[str], sink: Sink, interrupts: _Interrupts) -> int:
@@ -56,6 +69,12 @@ def _carry_out(words: list[str], sink: Sink, interrupts: _Interrupts) -> int:
             error = str(refused)
     except KeyboardInterrupt:
         status, complete = 130, False
+    except Exception:
+        raise
+    except BaseException as ended:  # `sys.exit` somewhere in what is measured
+        who = "the candidate" if words[:1] == ["candidate"] else "what is measured"
+        how = f"{type(ended).__name__}: {ended}".removesuffix(": ")
+        error = f"{who} ended the process before it was judged ({how}). Correct that, and run it again"
     if error:
         sink.send("error", text=error)
     sink.send("end", complete=complete, saved=saved)

@@ -82,13 +82,10 @@ def parse(arguments: Sequence[str]) -> Options:
             parser.error(f"--{axis} is of {', '.join(having)}: leave it out")
     subjects = tuple(dict.fromkeys(found.subjects)) or tuple(SUBJECTS)
     names = _flat(found.providers)
-    known = dict.fromkeys(name for subject in SUBJECTS.values() for name in subject.names)
-    for name in names or ():
-        if name not in known:
-            parser.error(f"argument --providers: {_unknown(name, 'provider', known)}")
     here = dict.fromkeys(name for subject in subjects for name in SUBJECTS[subject].names)
     if names and not set(names) & set(here):
-        parser.error(f"argument --providers: none of these runs {', '.join(subjects)}; there are: {', '.join(here)}")
+        there_are = ", ".join(map(_in_one_word, here))
+        parser.error(f"argument --providers: none of these runs {', '.join(subjects)}; there are: {there_are}")
     return Options(
         subjects=subjects,
         open=found.open,
@@ -162,9 +159,9 @@ def bench_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--providers",
         nargs="+",
-        type=_list(str),
+        type=_list(_provider),
         metavar="NAME",
-        help="these, as --list names them (those for the device)",
+        help="these, as --list names them, with - for a space (those for the device)",
     )
     _add_results(parser)
     parser.add_argument(
@@ -176,12 +173,15 @@ def bench_parser() -> argparse.ArgumentParser:
 
 def candidate_parser() -> argparse.ArgumentParser:
     """Of the form that checks, and times, a kernel of the user's own."""
+    from mistral_nb_kernels.bench.candidate import ALIASES
+
+    short = ", ".join(f"{word} for {op}" for word, op in ALIASES.items())
     parser = _Parser(
         f"{_PROGRAM} candidate",
         description="Checks a function with an op's signature on the op's hard shapes, and times it beside ours.",
         allow_abbrev=False,
     )
-    parser.add_argument("op", metavar="OP", help=f"of {', '.join(OPS)}; attention, rope and norm for short")
+    parser.add_argument("op", metavar="OP", help=f"of {', '.join(OPS)}; in short {short}")
     parser.add_argument("file", metavar="FILE", help="Python that defines the function; - reads the standard input")
     _add_shapes(parser)
     parser.add_argument(
@@ -228,6 +228,21 @@ def _subject(text: str) -> str:
     if text in OPS:
         raise argparse.ArgumentTypeError(f"{text} is an op of the subject {OPS[text]}: measure that")
     raise argparse.ArgumentTypeError(_unknown(text, "subject", SUBJECTS))
+
+
+def _provider(text: str) -> str:
+    """A provider's name of such a one, or of one with - for its spaces."""
+    names = {_in_one_word(name): name for subject in SUBJECTS.values() for name in subject.names}
+    if _in_one_word(text) not in names:
+        begun = [name for name in names if name.startswith(f"{text}-")]
+        if begun:  # as a shell splits a name of two words
+            raise argparse.ArgumentTypeError(f"{text!r} is no provider; did you mean {' or '.join(begun)}?")
+        raise argparse.ArgumentTypeError(_unknown(text, "provider", names))
+    return names[_in_one_word(text)]
+
+
+def _in_one_word(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _dtype(text: str) -> str:

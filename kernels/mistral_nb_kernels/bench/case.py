@@ -17,6 +17,11 @@ __all__ = ["Case", "Device", "Maker", "Tunable", "size", "tensors"]
 Device = torch.device | str
 TOLERANCE = 2e-2
 """Of a row of a result, its distance from the reference's row over that one's norm: a gate, not the proof."""
+USUAL = 3
+"""Times the root mean square of its row that a number counts as, beside its own size: sums are off by that of their
+row. In bf16 the reference is off by up to 0.4 of what that allows (int4 weights, gated), elsewhere by less. A row's
+largest would allow more: a tenth of SwiGLU's numbers and more are within 0.02 of it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,21 @@ def _off(got: Tensor, right: Tensor) -> str:
         return f"has the shape {list(got.shape)}, not {list(right.shape)}"
     if torch.equal(got, right):
         return ""
-    error = (got.float() - right.float()).norm(dim=-1)
-    off = ~(error <= TOLERANCE * right.float().norm(dim=-1))
-    if off.any() or not right.is_floating_point():
-        return f"is off in {int(off.sum())} of {off.numel()} rows"
-    return ""
+    off = _rows_off(got, right) if right.is_floating_point() else (got != right).reshape(-1, *got.shape[-1:]).any(-1)
+    return f"is off in {int(off.sum())} of {off.numel()} rows" if off.any() else ""
+
+
+def _rows_off(got: Tensor, right: Tensor) -> Tensor:
+    """Which rows are off, as a whole or in one of their numbers."""
+    error, true = got.float() - right.float(), right.float()
+    whole: Tensor = error.norm(dim=-1) <= TOLERANCE * true.norm(dim=-1)
+    return ~(whole & (error.abs() <= allowed(true)).all(-1))
+
+
+def allowed(right: Tensor) -> Tensor:
+    """What each number of a result may be off by, of the reference's."""
+    usual = right.square().mean(-1, keepdim=True).sqrt()
+    return TOLERANCE * (right.abs() + USUAL * usual)
 
 
 def tensors(x: Any) -> Iterator[Tensor]:

@@ -15,15 +15,15 @@ VARIABLE = "MISTRAL_NB_TETHER"
 """Of the environment: the number of the end of the pipe that a process has been given."""
 
 
-def fasten() -> None:
-    """From now on this process is killed when nobody holds the other end of the pipe that it was given, if it was.
+def fasten() -> bool:
+    """Whether this process was given a pipe: from now on it is killed when nobody holds the other end any more.
 
     By the kernel (on Linux alone), so that a candidate that never gives Python a turn ends too. One that leads a group
     ends with all of it.
     """
     number = os.environ.pop(VARIABLE, None)
     if number is None:
-        return
+        return False
     import fcntl
 
     if hasattr(fcntl, "F_SETSIG"):
@@ -37,6 +37,7 @@ def fasten() -> None:
         poll.register(pipe, 0)
         if poll.poll(0):  # it was let go before
             os._exit(1)
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 
 from mistral_nb_kernels.bench import timing
-from mistral_nb_kernels.bench.candidate.check import Failure, check, check_again, check_timed, check_twice, raised
+from mistral_nb_kernels.bench.candidate.check import check, check_timed
+from mistral_nb_kernels.bench.candidate.failure import Failure, raised
 from mistral_nb_kernels.bench.candidate.hard import Hard, hard_cases
+from mistral_nb_kernels.bench.candidate.kept import check_again, check_twice
 from mistral_nb_kernels.bench.candidate.source import Candidate, CandidateError, named, said
 from mistral_nb_kernels.bench.candidate.tuned import turns
 from mistral_nb_kernels.bench.case import Case, Device
@@ -41,21 +44,24 @@ Told = Event | Note | Failure
 def judge(candidate: Candidate, op: str, asked: Asked, device: Device, *, timed: bool) -> Iterator[Told]:
     """The events of a trial, with one `Begin`. A `Failure` is the last of them: without one the candidate is right.
 
-    Each of the asked dtypes (None: all that are right here) is checked on the op's hard cases; then the candidate is
-    timed at the points of the op's subject beside the others, and at each checked again as soon as it was timed. Under
-    Triton's interpreter it is only checked, and not in bf16, whose `tl.dot` is wrong there. Raises `CandidateError`
-    where nothing can be checked.
+    Each of the asked dtypes (None: all that are right here) is checked on the op's hard cases, and at odd sizes that
+    are as large as those that are timed; then the candidate is timed at the points of the op's subject beside the
+    others, and at each checked again as soon as it was timed. Under Triton's interpreter it is only checked on the hard
+    cases, and not in bf16, whose `tl.dot` is wrong there. Raises `CandidateError` where nothing can be checked.
     """
     op, device = named(op), torch.device(device)
     interpreted = candidate.triton and device.type == "cpu"
     hards = [hard for dtype in _dtypes(asked, device, interpreted) for hard in hard_cases(op, dtype, device)]
-    trial = _Timed(candidate, op_points(op, asked, device) if timed and not interpreted else [], device, asked)
-    total = len(hards) + trial.total
+    points = op_points(op, asked, device) if timed and not interpreted else []
+    uneven, trial = _uneven(points, op, asked, device), _Timed(candidate, points, device, asked)
+    total = len(hards) + len(uneven) + trial.total
     yield Begin(total)
     yield from map(Note, candidate.notes)
     failed = yield from _checked(candidate, hards, total, twice=not trial.total)
     if not failed:
-        failed = yield from trial.run(len(hards), total)
+        failed = yield from _checked_uneven(candidate, uneven, device, len(hards), total)
+    if not failed:
+        failed = yield from trial.run(len(hards) + len(uneven), total)
     if interpreted and not failed:
         yield Note(
             "Checked under Triton's interpreter in fp16 and fp32, where tl.dot is wrong in bf16, and not timed: there "
@@ -103,6 +109,51 @@ def _checked(candidate: Candidate, hards: list[Hard], total: int, *, twice: bool
     if declined:
         yield Note(f"Not taken by the candidate: {reasons}.")
     return False
+
+
+def _uneven(points: list[Point], op: str, asked: Asked, device: torch.device) -> list[Point]:
+    """The largest of the timed points less one: what a candidate does with large sizes alone may be for whole tiles."""
+    if not points:
+        return []
+
+    def odd(*names: str) -> tuple[int, ...]:
+        most = max(int(point.shape.get(name, 1)) for point in points for name in names)
+        return (most - 1 + most % 2,)
+
+    tokens = any("tokens" in point.shape for point in points)
+    seq, batch = odd("tokens") if tokens else None, odd("batch", "rows")
+    sizes = {tuple(point.shape.items()) for point in points}
+    every = op_points(op, replace(asked, seq=seq, batch=batch), device)
+    return [point for point in every if tuple(point.shape.items()) not in sizes]
+
+
+def _checked_uneven(
+    candidate: Candidate, points: list[Point], device: torch.device, done: int, total: int
+) -> Generator[Told, None, bool]:
+    """Those sizes, which nobody times. Returns whether one failed."""
+    right = []
+    for at, point in enumerate(points):
+        dtype = dtype_name(point.dtype)
+        where = f"{point.op}, {point.case}, {dtype}"
+        yield Doing(done + at, total, point.op, point.case, dtype, CANDIDATE)
+        with contextlib.suppress(NotImplementedError):
+            failure = check_timed(candidate.function, _drawn(point, device), where)
+            failure = _left(candidate, where) or failure
+            if failure is not None:
+                yield failure
+                return True
+            right.append(point.case)
+    if right:
+        others = f" and {len(right) - 1} more" * (len(right) > 1)
+        yield Note(f"Right at odd sizes as large as the timed ones: {right[0]}{others}.")
+    return False
+
+
+def _drawn(point: Point, device: torch.device) -> Case:
+    """A point's case of numbers that nobody has seen."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.seed()
+        return point.make(device)
 
 
 def _left(candidate: Candidate, where: str) -> Failure | None:
@@ -179,10 +230,7 @@ class _Timed:
         return check_again(self._function, self._case, lambda: self._fresh(row), label, replayed)
 
     def _fresh(self, event: Row | Skipped) -> Case:
-        """A point's case of numbers that nobody has seen."""
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.seed()
-            return self._points[event.op, event.case, event.dtype].make(self._device)
+        return _drawn(self._points[event.op, event.case, event.dtype], self._device)
 
     def _skipped(self, skipped: Skipped) -> tuple[Skipped, Failure | None]:
         """Why the candidate was not timed: its own failure, or none of its."""
