@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ __all__ = ["Outcome", "Run", "Target", "measure"]
 
 _CONNECT = 10.0
 _TELL = 5.0
+_REUSED = "cached_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Target:
 @dataclass(slots=True)
 class Outcome:
     """What became of a request. Moments are in seconds after the beginning of the run: when it was to be sent (`due`),
-    when it was, when pieces of text came, and when all was over. `error` is its kind, empty for a whole answer.
+    when it was, when pieces of text came, and when all was over. `error` is its kind, empty for a whole answer;
+    `reused` are the tokens of its prompt that the engine had from before, None where it does not tell.
     """
 
     ask: Ask
@@ -97,6 +100,7 @@ class Outcome:
     usage: Usage | None = None
     error: str = ""
     message: str = ""
+    reused: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -250,11 +254,21 @@ class _Client:
         async for event in EventSource(response).aiter_sse():
             if event.data == DONE:
                 done = True
-            elif reading.frame(event.data):
+                continue
+            if reading.frame(event.data):
                 outcome.texts.append(self._now())
+            if _REUSED in event.data:
+                outcome.reused = _reused(event.data, outcome.reused)
         outcome.usage = reading.usage
         if not done:
             outcome.error, outcome.message = "cut short", "the stream ended without its mark"
+
+
+def _reused(frame: str, before: int | None) -> int | None:
+    """Tokens of the prompt that were there, as the usage in a frame says, else as one did before."""
+    details = (json.loads(frame).get("usage") or {}).get("prompt_tokens_details") or {}
+    reused: int | None = details.get(_REUSED, before)
+    return reused
 
 
 def _refusal(response: httpx.Response) -> tuple[str, str]:

@@ -75,7 +75,8 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 @dataclass(frozen=True, slots=True)
 class Summary:
     """One load. `seconds` reach from the beginning to the last answer; rates are per second of them. `errors` counts
-    failures by kind, `messages` holds the first words of each. `late` is how long after their moments requests were
+    failures by kind, `messages` holds the first words of each. `reused_tokens` are those of the prompts that the engine
+    had from before, None where it tells of none. `late` is how long after their moments requests were
     sent, `client` what the client took of one CPU, `peak` the most that were under way at once. `adapters` are the
     parts of each adapter, "" for the model alone, where more than one is asked.
     """
@@ -89,6 +90,7 @@ class Summary:
     errors: dict[str, int]
     messages: dict[str, str]
     prompt_tokens: int
+    reused_tokens: int | None
     answer_tokens: int
     asked_tokens: int
     requests_per_s: float
@@ -120,6 +122,7 @@ def summarise(run: Run, limits: Limits) -> Summary:
     whole = [outcome for outcome in run.outcomes if not outcome.error]
     failed = [outcome for outcome in run.outcomes if outcome.error]
     read = sum(outcome.usage.prompt_tokens for outcome in whole if outcome.usage)
+    reused = [outcome.reused for outcome in whole if outcome.reused is not None]
     written = sum(outcome.tokens for outcome in whole)
     good = sum(map(limits.kept, whole)) if limits.any else None
     return Summary(
@@ -132,6 +135,7 @@ def summarise(run: Run, limits: Limits) -> Summary:
         errors=dict(Counter(outcome.error for outcome in failed)),
         messages={outcome.error: outcome.message for outcome in reversed(failed)},
         prompt_tokens=read,
+        reused_tokens=sum(reused) if reused else None,
         answer_tokens=written,
         asked_tokens=sum(outcome.ask.answer_tokens for outcome in whole),
         requests_per_s=len(whole) / run.seconds,

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mistral_nb import runtime
 from mistral_nb.backends.local import Local, title
@@ -105,14 +106,24 @@ def _running(plan: Plan) -> Target:
     assert plan.url is not None
     url = plan.url.rstrip("/")
     host = check_address(url, "--url")
-    own = next((record for record in runtime.all_records() if record.base_url == url), None)
+    own = _record_at(url)
     token = Secret(own.token) if own else load_settings().server_token
     if token is None:
         raise ConfigurationError(
             f"the engine at {host} needs its token: set MISTRAL_NB_SERVER_TOKEN to the one that it was given, or that "
             "`mistral-nb serve` printed when it started"
         )
-    return Target(url, token, plan.timeout, Secret(own.proof) if own and own.proof else None)
+    return Target(own.base_url if own else url, token, plan.timeout, Secret(own.proof) if own and own.proof else None)
+
+
+def _record_at(url: str) -> runtime.EngineRecord | None:
+    """Of this user's engine at an address; localhost is whichever of this machine's it listens on."""
+    parts = urlsplit(url)
+    here = (parts.scheme, parts.hostname, parts.path) == ("http", "localhost", "")
+    for record in runtime.all_records():
+        if record.base_url == url or (here and record.port == parts.port and runtime.is_loopback(record.host)):
+            return record
+    return None
 
 
 def _try_out(target: Target, model: str, workload: Workload, words: Words) -> None:
@@ -186,6 +197,9 @@ def _lines(each: Summary, limits: Limits) -> Iterator[str]:
         f"{each.requests_per_s:.2f} answers/s, {each.tokens_per_s:.1f} tokens/s written, "
         f"{each.all_tokens_per_s:.1f} read and written; at most {each.peak} under way"
     )
+    if each.reused_tokens is not None:
+        share = each.reused_tokens / max(1, each.prompt_tokens)
+        yield f"{each.reused_tokens} of the {each.prompt_tokens} tokens read were reused ({share:.0%})"
     if each.goodput is not None:
         yield f"goodput {each.goodput:.2f} answers/s, {each.good:.0%} of the requests ({limits})"
     if short:
@@ -237,6 +251,7 @@ def _record(outcome: Outcome) -> dict[str, Any]:
         "ended": round(outcome.ended, 6),
         "pieces": len(outcome.texts),
         "prompt_tokens": outcome.usage.prompt_tokens if outcome.usage else None,
+        "reused_tokens": outcome.reused,
         "answer_tokens": outcome.tokens,
         "adapter": outcome.ask.adapter,
         "error": outcome.error,

@@ -13,12 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory, TemporaryFile
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,6 +42,7 @@ _DYING = 2.0
 _SHOWN = 300
 _WAKE = b" "
 _USAGE = 2
+_CANDIDATE = "candidate"
 _STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
 _MEASURES_NOTHING = {"-h", "--help", "--list", "--open", "--check-only"}
 
@@ -66,14 +68,14 @@ class BenchProcess(Iterator[dict[str, Any]]):
         Raises `MissingDependency` where torch is not installed.
         """
         _require()
-        self._patience = patience
+        self._arguments, self._patience = arguments, patience
         self._doing = self._error = ""
         self._told_rows = self._told_end = self._killed = False
         self._heard = time.monotonic()
         self._interrupted: float | None = None
         self._reaping = threading.Lock()
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = TemporaryFile()  # noqa: SIM115
         self._tether = ExitStack()
         self._process = self._started([*_command(self.program, arguments), "--events"], source)
         self._reader = threading.Thread(target=self._read, name="mistral-nb bench", daemon=True)
@@ -130,7 +132,7 @@ class BenchProcess(Iterator[dict[str, Any]]):
             apart = subprocess.CREATE_NEW_PROCESS_GROUP
         else:
             apart = 0
-        with tempfile.TemporaryFile() as text:
+        with TemporaryFile() as text:
             text.write((source or "").encode("utf-8", "replace"))
             text.seek(0)
             return subprocess.Popen(
@@ -209,8 +211,7 @@ class BenchProcess(Iterator[dict[str, Any]]):
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
         said = f", and said last: {lines[-1].strip()[-_SHOWN:]}" if lines else ""
-        where = f" in {self._doing}" if self._doing else ""
-        return f"the benchmark's process ended ({exit_words(code)}){where}{said}. Correct that, and run it again"
+        return f"{_ended(self._arguments, code, self._doing)}{said}. Correct that, and run it again"
 
     def _reap(self) -> int:
         """Its exit status, once it has ended; what it started ends too."""
@@ -241,19 +242,39 @@ def run(arguments: Sequence[str]) -> int:
     The first interrupt is the bench's, which may not hear it; the second kills it. Raises as `start` does.
     """
     _require()
-    command = _command(BenchProcess.program, _prepared(arguments))
-    with _tethered() as how, subprocess.Popen(command, **how) as process:
-        interrupts = _Interrupts(process)
-        former = signal.signal(signal.SIGINT, interrupts.take)
-        try:
-            code = process.wait()
-        finally:
-            signal.signal(signal.SIGINT, former)
+    given = _prepared(arguments)
+    with TemporaryDirectory(prefix="mistral-nb-bench-") as folder:
+        trail = Path(folder, "trail")
+        with (
+            _tethered(MISTRAL_NB_TRAIL=str(trail)) as how,
+            subprocess.Popen(_command(BenchProcess.program, given), **how) as process,
+        ):
+            interrupts = _Interrupts(process)
+            former = signal.signal(signal.SIGINT, interrupts.take)
+            try:
+                code = process.wait()
+            finally:
+                signal.signal(signal.SIGINT, former)
+        left = _left(trail)
     if interrupts.first is not None:
         return 130
-    if code < 0:
-        raise MistralError(f"the benchmark's process was {exit_words(code)}. Correct that, and run it again")
-    return code
+    untold = given[:1] == [_CANDIDATE] and "status" not in left
+    if code < 0 or untold:
+        raise MistralError(f"{_ended(given, code, left.get('doing', ''))}. Correct that, and run it again")
+    return left.get("status", 0) or code
+
+
+def _left(trail: Path) -> dict[str, Any]:
+    """What a process was doing at last, and the status that it was to end with, if it came so far."""
+    lines = trail.read_text(encoding="utf-8").splitlines() if trail.exists() else ()
+    return dict(itertools.chain.from_iterable(json.loads(line).items() for line in lines))
+
+
+def _ended(arguments: Sequence[str], code: int, doing: str) -> str:
+    """A process that ended without telling how, in words."""
+    judged = arguments[:1] == [_CANDIDATE]
+    who = "the candidate ended the process before it was judged" if judged else "the benchmark's process ended"
+    return f"{who} ({exit_words(code)}){f' in {doing}' if doing else ''}"
 
 
 class _Interrupts:
@@ -331,12 +352,12 @@ def _command(program: Sequence[str], arguments: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _tethered() -> Iterator[dict[str, Any]]:
+def _tethered(**variables: str) -> Iterator[dict[str, Any]]:
     """What `subprocess.Popen` takes for a bench that ends when this process does, or when the context is left.
 
     It is told of one end of a pipe, of which nobody but this process holds the other.
     """
-    env = environment_with_packages()
+    env = environment_with_packages() | variables
     if os.name != "posix":
         yield {"env": env}
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral_nb import bench_client
 from mistral_nb.bench_client import Run, Target, measure
 from mistral_nb.bench_latency import most_at_once
 from mistral_nb.bench_workload import Ask, Load
@@ -18,7 +19,7 @@ from mistral_nb.errors import BackendError, ConnectionFailed, InvalidRequest
 from mistral_nb.runtime import PROOF_HEADER
 from mistral_nb.secret import Secret
 from mistral_nb.types import Usage
-from tests.backends.scripted import TOKEN, Peer, Step, body, frame, head
+from tests.backends.scripted import PATIENCE, TOKEN, Peer, Step, body, frame, head
 
 END = frame({"response": "", "usage": {"prompt_tokens": 9, "completion_tokens": 3}, "finish_reason": "length"})
 ANSWER: Sequence[Step] = [head(), frame({"response": "One"}), frame({"response": " two"}), END, frame("[DONE]")]
@@ -61,23 +62,45 @@ def test_a_request_says_what_was_drawn(peer: Peer) -> None:
     assert second.json["lora"] == "tone"
     assert [one.error for one in found.outcomes] == ["", ""]
     assert found.outcomes[0].usage == Usage(9, 3)
+    assert found.outcomes[0].reused is None
 
 
-def test_moments_are_those_of_the_texts(peer: Peer) -> None:
-    def wait() -> None:
-        time.sleep(0.1)
+def test_reused_tokens_are_what_the_usage_says_and_not_what_a_text_says(peer: Peer) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 5}}
+    text = frame({"response": '"cached_tokens": 7'})
+    end = frame({"response": "", "usage": usage, "finish_reason": "length"})
+    peer.scripts = [[head(), end, text, frame("[DONE]")], [head(), text, end, frame("[DONE]")]]
+    assert [one.reused for one in ask(peer, Load(concurrency=1), asks(2)).outcomes] == [5, 5]
 
-    peer.scripts = [
-        [head(), wait, frame({"response": "a"}), wait, frame({"response": ""}), frame({"response": "b"}), wait]
-    ]
-    peer.scripts[0] = [*peer.scripts[0], END, frame("[DONE]")]
+
+class Clock:
+    """One that the peer's script sets, once the client has read it so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = 0.0
+        self._read = threading.Semaphore(0)
+        monkeypatch.setattr(bench_client, "time", self)
+
+    def perf_counter(self) -> float:
+        self._read.release()
+        return self._now
+
+    process_time = staticmethod(time.process_time)
+
+    def later(self, reads: int = 0) -> None:
+        for _ in range(reads):
+            assert self._read.acquire(timeout=PATIENCE)
+        self._now += 1
+
+
+def test_moments_are_those_of_the_texts(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client reads the clock as a load begins, for when a request is due and sent, at each text and at the end."""
+    clock = Clock(monkeypatch)
+    texts = [frame({"response": "a"}), lambda: clock.later(1), frame({"response": ""}), frame({"response": "b"})]
+    peer.scripts = [[head(), lambda: clock.later(3), *texts, lambda: clock.later(1), END, frame("[DONE]")]]
     [one] = ask(peer, Load(concurrency=1), asks(1)).outcomes
-    assert one.due <= one.sent <= one.texts[0] - 0.1
-    assert len(one.texts) == 2
-    assert one.texts[1] - one.texts[0] >= 0.1
-    assert one.ended - one.texts[1] >= 0.1
-    assert one.first == one.texts[0] - one.due
-    assert one.per_token == pytest.approx((one.texts[1] - one.texts[0]) / 2)
+    assert (one.due, one.sent, one.texts, one.ended) == (0, 0, [1, 2], 3)
+    assert (one.first, one.gaps, one.per_token, one.whole) == (1, [1], 0.5, 3)
 
 
 def test_at_a_rate_nobody_waits_for_another(peer: Peer) -> None:
@@ -110,19 +133,14 @@ def test_so_many_at_once_and_no_more(peer: Peer) -> None:
     assert {one.ask.number for one in found.outcomes} == set(range(9))
 
 
-def test_none_begins_after_its_seconds(peer: Peer) -> None:
-    peer.scripts = [[lambda: time.sleep(0.05), *ANSWER]]
+def test_none_begins_after_its_seconds(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    peer.scripts = [[clock.later, *ANSWER]]
     endless = (replace(asks(1)[0], number=number) for number in itertools.count())
     target = Target(f"http://127.0.0.1:{peer.port}", Secret(TOKEN))
-
-    def in_time() -> bool:
-        found = measure(target, "m", Load(concurrency=2), endless, lambda one: "p", seconds=0.5)
-        assert len(found.outcomes) <= 2 * 10
-        assert all(not one.error for one in found.outcomes)
-        assert found.seconds >= max((one.ended for one in found.outcomes), default=0)
-        return len(found.outcomes) >= 2 and max(one.sent for one in found.outcomes) < 0.6
-
-    assert any(in_time() for _ in range(3)), "not even where this machine did not stand still"
+    found = measure(target, "m", Load(concurrency=1), endless, lambda one: "p", seconds=2.5)
+    assert [(one.sent, one.ended, one.error) for one in found.outcomes] == [(0, 1, ""), (1, 2, ""), (2, 3, "")]
+    assert found.seconds == 3
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny_bench
 from tests.gpu import test_engine as gpu
 
 CAPTURE = {"places": 1, "seconds": 0.5, "megabytes": 20.0}
@@ -128,4 +129,5 @@ def test_it_decodes_faster_or_fails(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_eight_at_once_on_the_cpu(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "TINY", gpu.TINY | tiny_bench.SHAPE | {"max_position_embeddings": 512})
     gpu.test_eight_at_once_write_what_each_writes_alone(precision, tmp_path)

@@ -58,6 +58,9 @@ def test_a_load_is_summed_up() -> None:
     assert found.errors == {"HTTP 429, code 3040": 2, "cut short": 1}
     assert found.messages["cut short"] == "words of cut short"
     assert (found.prompt_tokens, found.answer_tokens, found.asked_tokens) == (20, 5, 40)
+    assert found.reused_tokens is None
+    outcomes[0].reused, outcomes[2].reused = 4, 8
+    assert summarise(Run(Load(rate=2), outcomes, seconds=4.0, client_cpu=1.0), Limits()).reused_tokens == 4
     assert (found.requests_per_s, found.tokens_per_s, found.all_tokens_per_s) == (0.5, 1.25, 6.25)
     assert (found.goodput, found.good, found.client) == (None, None, 0.25)
     assert found.ttft.count == 2

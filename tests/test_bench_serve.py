@@ -216,9 +216,34 @@ def test_what_the_engine_refuses_ends_it_before_the_load(
         measured(plan)
 
 
-def test_an_engine_of_this_user_needs_no_token(engine: EngineUnderTest, record: None) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LocalHost"])
+def test_an_engine_of_this_user_needs_no_token(engine: EngineUnderTest, record: None, host: str) -> None:
     workload = Workload(SHORT, SHORT, requests=1)
-    assert measured(Plan(workload, [Load(concurrency=1)], url=f"{engine.record.base_url}/")) == 0
+    assert measured(Plan(workload, [Load(concurrency=1)], url=f"http://{host}:{engine.record.port}/")) == 0
+
+
+def test_the_token_of_this_user_is_not_for_another_port_or_host(engine: EngineUnderTest, record: None) -> None:
+    for url in (
+        f"https://localhost:{engine.record.port}",
+        f"http://localhost:{engine.record.port}/v1",
+        "http://localhost:9",
+    ):
+        with pytest.raises(ConfigurationError, match="needs its token"):
+            measured(Plan(Workload(SHORT, SHORT), [Load(concurrency=1)], url=url))
+
+
+def test_what_was_reused_of_the_prompts_is_summed(
+    engine: EngineUnderTest, token: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after another, so that all but the first find the whole pages of what they have in common."""
+    workload = Workload(Lengths.parse("300"), Lengths.parse("2"), shared_prefix=280, requests=3)
+    assert measured(Plan(workload, [Load(concurrency=1)], url=engine.record.base_url), tmp_path / "out.json") == 0
+    found = report(tmp_path / "out.json")
+    first, *others = [answer["reused_tokens"] for answer in found["answers"][0]]
+    assert others == [256, 256]
+    assert found["measurements"][0]["reused_tokens"] == first + 512
+    line = f"{first + 512} of the 900 tokens read were reused ({(first + 512) / 900:.0%})"
+    assert line in capsys.readouterr().out
 
 
 def test_prompts_have_exactly_their_tokens(engine: EngineUnderTest) -> None:

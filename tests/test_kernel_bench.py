@@ -70,7 +70,8 @@ def test_it_gets_arguments_source_sources_and_no_secrets(script: Script, monkeyp
     monkeypatch.setenv("CLOUDFLARE_API_TOKEN", "secret-token")
     source = "def f(x):\n    return x\n" * 20_000  # more than a pipe holds
     code = """
-    import mistral_nb_kernels
+    import importlib.util
+    assert importlib.util.find_spec("mistral_nb_kernels")
     text = sys.stdin.read()
     tell("got", arguments=sys.argv[1:], length=len(text), token="CLOUDFLARE_API_TOKEN" in os.environ,
          apart=os.getsid(0) == os.getpid())
@@ -134,31 +135,31 @@ def test_a_line_that_was_cut_is_no_event(script: Script) -> None:
             next(process)
 
 
+LISTENING = """
+stopped = []
+def stop(number, frame):
+    stopped.append(number)
+    if len(stopped) == 1:
+        raise KeyboardInterrupt
+signal.signal(signal.SIGINT, stop)
+try:
+    doing("a long case")
+    threading.Event().wait()
+except KeyboardInterrupt:
+    tell("rows", rows=stopped)
+    tell("end", complete=False, saved="kept.json")
+    sys.exit(130)
+"""
+
+
 def test_an_interrupt_is_sent_once_and_events_go_on_to_their_end(script: Script) -> None:
-    code = """
-    stopped = []
-    def stop(number, frame):
-        stopped.append(number)
-        tell("table", text=str(len(stopped)))
-        if len(stopped) == 1:
-            raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, stop)
-    try:
-        doing("a long case")
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        tell("rows", rows=[1])
-        tell("end", complete=False, saved="kept.json")
-        sys.exit(130)
-    """
-    with script(code) as process:
+    with script(LISTENING) as process:
         until(process, "doing")
         process.interrupt()
         process.interrupt()
         rest = list(process)
         process.interrupt()
-    assert [event["event"] for event in rest] == ["table", "rows", "end"]
-    assert rest[-1]["saved"] == "kept.json"
+    assert rest == [{"event": "rows", "rows": [signal.SIGINT]}, {**END, "saved": "kept.json"}]
 
 
 def test_an_interrupt_from_another_thread_ends_a_reader(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,20 +281,6 @@ def test_what_it_started_ends_with_it(script: Script, tmp_path: Path, end: str) 
         assert alive.read() == ""
 
 
-LISTENING = """
-stopped = []
-def stop(number, frame):
-    stopped.append(number)
-    if len(stopped) == 1:
-        raise KeyboardInterrupt
-signal.signal(signal.SIGINT, stop)
-try:
-    doing("a long case")
-    threading.Event().wait()
-except KeyboardInterrupt:
-    tell("end", complete=False, saved="kept.json")
-    sys.exit(130)
-"""
 ITERATING = """
 with BenchProcess([]) as process:
     try:
@@ -302,7 +289,7 @@ with BenchProcess([]) as process:
     except KeyboardInterrupt:
         process.interrupt()
         for event in process:
-            print(event["event"], event["saved"], flush=True)
+            print(event, flush=True)
 """
 COMMAND = """
 from mistral_nb.cli import main
@@ -332,7 +319,9 @@ def test_an_interrupt_of_who_iterates_loses_nothing() -> None:
         assert process.stdout
         assert process.stdout.readline() == "doing\n"
         os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=PATIENCE) == ("end kept.json\n", "")
+        rest, errors = process.communicate(timeout=PATIENCE)
+    told = [{"event": "rows", "rows": [signal.SIGINT.value]}, {**END, "saved": "kept.json"}]
+    assert (rest, errors) == ("".join(f"{event}\n" for event in told), "")
     assert process.returncode == 0
 
 
@@ -343,7 +332,8 @@ def test_an_interrupt_of_the_command_is_one_of_the_bench(whole_group: bool) -> N
         assert json.loads(process.stdout.readline())["event"] == "doing"
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
         rest, errors = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, json.loads(rest), errors) == (130, {**END, "saved": "kept.json"}, "")
+    assert (process.returncode, errors) == (130, "")
+    assert json.loads(rest.splitlines()[-1]) == {**END, "saved": "kept.json"}
 
 
 HEARING = """
@@ -377,8 +367,7 @@ re.match("(a+)+$", "a" * 60 + "b")  # gives no other thread a turn, for years
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another system's processes go on")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("how", ["command", "events"])
+@pytest.mark.parametrize(("how", "number"), [("command", signal.SIGKILL), ("events", signal.SIGTERM)])
 def test_a_candidate_that_never_ends_ends_with_who_started_it(tmp_path: Path, how: str, number: signal.Signals) -> None:
     fifo, text = tmp_path / "alive", tmp_path / "candidate.py"
     os.mkfifo(fifo)
@@ -416,11 +405,6 @@ def swiglu(gate_up):
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate * gate.sigmoid() * up).roll(1, -1).to(gate_up.dtype)
 """
-CRASHES = """
-import ctypes
-def swiglu(gate_up):
-    ctypes.string_at(0)
-"""
 ENDLESS = """
 def swiglu(gate_up):
     while True:
@@ -441,23 +425,10 @@ def test_a_candidate_that_is_wrong_is_told_by_the_real_bench() -> None:
     assert "expected" in failure["text"]
 
 
-def test_a_candidate_that_crashes_ends_in_an_error() -> None:
-    with (
-        start(["candidate", "swiglu", "-", "--dtype", "fp32", "--device", "cpu"], CRASHES) as process,
-        pytest.raises(MistralError, match=r"ended \(killed by SIGSEGV\) in swiglu .*fp32"),
-    ):
-        list(process)
-
-
-def test_a_candidate_without_an_end_is_killed_by_the_clock_and_by_an_interrupt() -> None:
+def test_a_candidate_without_an_end_is_killed() -> None:
     asked = ["candidate", "swiglu", "-", "--dtype", "fp32", "--device", "cpu"]
-    with start(asked, ENDLESS, patience=2.0) as process, pytest.raises(MistralError, match=r"for more than 2 s in .*"):
+    with start(asked, ENDLESS, patience=0.5) as process, pytest.raises(MistralError, match=r"more than 0\.5 s in .*"):
         list(process)
-    with start(asked, ENDLESS) as process:
-        until(process, "begin")
-        until(process, "doing")
-        process.interrupt()
-        assert list(process)[-1]["complete"] is False
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,8 @@ def _end(last: Piece) -> dict[str, Any]:
     assert last.usage is not None
     calls = {"tool_calls": list(last.tool_calls)} if last.tool_calls else {}
     adapter = {"adapter": last.adapter} if last.adapter else {}
-    return {**calls, "usage": last.usage.to_dict(), **adapter, "finish_reason": last.finish_reason}
+    usage = {**last.usage.to_dict(), "prompt_tokens_details": {"cached_tokens": last.reused}}
+    return {**calls, "usage": usage, **adapter, "finish_reason": last.finish_reason}
 
 
 def envelope(result: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def test_an_interrupt_keeps_what_was_measured(kernel: Kernel) -> None:
         if found and int(found["done"]) >= 2 and not sent:
             sent.append(kernel.interrupt())
 
-    result = kernel.run(f"%mistral_bench {SMALL} --save half.json -o half", watch)
+    result = kernel.run(f"%mistral_bench norm linear {SMALL} --save half.json -o half", watch)
     assert sent
     assert error_of(result) == "KeyboardInterrupt: stopped"
     assert len(result.reply["traceback"]) == 1

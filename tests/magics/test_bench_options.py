@@ -55,11 +55,13 @@ def test_bad_usage_is_exactly_a_usage_error(run: Any, capsys: Any, code: str, to
 
 def test_the_names_here_are_the_names_there() -> None:
     from mistral_nb_kernels.bench import arguments, registry
+    from mistral_nb_kernels.bench.candidate import ALIASES
 
     providers = {provider.name for subject in registry.SUBJECTS.values() for provider in subject.providers}
     assert tuple(registry.SUBJECTS) == options.SUBJECTS
     assert sorted(options.OPS) == sorted(registry.OPS)
-    assert sorted(options.PROVIDERS) == sorted(providers)
+    assert sorted(options.PROVIDERS) == sorted(name.replace(" ", "-") for name in providers)
+    assert options.ALIASES == ALIASES
     assert tuple(arguments.DTYPES) == options.DTYPES
     assert options.DEVICES == arguments.DEVICES
     own = {"--out", "--beside-engine"}
@@ -91,6 +93,28 @@ def test_the_manuals(run: Any, shell: InteractiveShell, capsys: Any) -> None:
         assert manual in capsys.readouterr().out
     assert all(name in options.BENCH_MANUAL for name in options.SUBJECTS)
     assert all(name in options.KERNEL_MANUAL for name in options.OPS)
+    assert all(f"{word} for {op}" in options.KERNEL_MANUAL for word, op in options.ALIASES.items())
+
+
+def test_a_provider_is_named_in_one_word_in_two_or_in_a_list() -> None:
+    """As Tab offers it, as the results name it, and in what a shell or the magic makes of quotes."""
+    from mistral_nb_kernels.bench.arguments import Usage, parse
+
+    for words in (
+        "sdpa-flash torch-int8",
+        "'sdpa flash' 'torch int8'",
+        "'sdpa flash,torch int8'",
+        "sdpa-flash,torch-int8",
+    ):
+        line = read_line(f"attention linear --providers {words}", "mistral_bench")
+        assert parse(line.arguments).asked.providers == ("sdpa flash", "torch int8")
+    assert all(parse(["--providers", name]).asked.providers for name in options.PROVIDERS)
+    with pytest.raises(Usage, match=r"'sdpa-flsh' is no provider; did you mean sdpa-flash\?"):
+        parse(["--providers", "sdpa-flsh"])
+    with pytest.raises(Usage, match=r"'sdpa' is no provider; did you mean sdpa-flash or sdpa-cudnn or .*sdpa-math\?"):
+        parse(["--providers", "sdpa", "flash"])
+    with pytest.raises(Usage, match="there are: ours, eager, compile, sdpa-flash, "):
+        parse(["attention", "--providers", "blas"])
 
 
 @pytest.mark.parametrize(
@@ -104,10 +128,20 @@ def test_the_manuals(run: Any, shell: InteractiveShell, capsys: Any) -> None:
         ("%mistral_bench norm --dtype fp16 ", "", ["bf16", "fp32"]),
         ("%mistral_bench norm --device c", "c", ["cpu", "cuda"]),
         ("%mistral_bench norm --providers o", "o", ["ours"]),
+        (
+            "%mistral_bench --providers ours sdpa-",
+            "sdpa-",
+            [f"sdpa-{x}" for x in ("flash", "cudnn", "efficient", "math")],
+        ),
+        ("%mistral_bench --providers 'sdpa flash' sdpa-f", "sdpa-f", []),
+        ("%mistral_bench --providers ours,torch-int8,torch-", "ours,torch-int8,torch-", ["ours,torch-int8,torch-int4"]),
+        ("%mistral_bench --providers 'sdpa fl", "", []),
         ("%mistral_bench norm --save ", "", []),
         ("%mistral_bench norm -o ", "", ["other", "rows"]),
         ("%mistral_bench norm -o x ", "", []),
         ("%%mistral_kernel rms", "rms", ["rms_norm"]),
+        ("%%mistral_kernel ro", "ro", ["rope_write", "rope_decode_attention", "rope"]),
+        ("%%mistral_kernel at", "at", ["attention"]),
         ("%%mistral_kernel rms_norm ", "", []),
         ("%%mistral_kernel rms_norm --compile sm_9", "sm_9", ["sm_90"]),
         ("%%mistral_kernel rms_norm --ch", "--ch", ["--check-only"]),
@@ -122,7 +156,11 @@ def test_candidates(before: str, word: str, wanted: list[str]) -> None:
 
 @pytest.mark.skipif(not hasattr(completer, "context_matcher"), reason="this IPython has no matchers")
 def test_the_shell_completes(shell: InteractiveShell) -> None:
-    for code, wanted in (("%mistral_bench swi", "swiglu"), ("%%mistral_kernel lora_sh", "lora_shrink")):
+    for code, wanted in (
+        ("%mistral_bench swi", "swiglu"),
+        ("%mistral_bench --providers sdpa-f", "sdpa-flash"),
+        ("%%mistral_kernel lora_sh", "lora_shrink"),
+    ):
         with completer.provisionalcompleter():
             found = [each.text for each in shell.Completer.completions(code, len(code))]
         assert found == [wanted]

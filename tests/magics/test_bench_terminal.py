@@ -10,7 +10,7 @@ from tests.magics.test_terminal import PROMPT, pexpect, terminal  # noqa: F401  
 
 def test_a_bar_an_interrupt_and_the_table_twice(terminal: pexpect.spawn, tmp_path: Path) -> None:  # noqa: F811
     file = os.fspath(tmp_path / "half.json")
-    terminal.sendline(f"%mistral_bench --device cpu --dtype fp32 --providers eager -o half --save {file}")
+    terminal.sendline(f"%mistral_bench norm linear --device cpu --dtype fp32 --providers eager -o half --save {file}")
     terminal.expect(r"\r\x1b\[KKernels  +\d+%  [█░]+  [2-9] of \d+")
     terminal.sendintr()
     terminal.expect(r"provider[^\n]*\r\n")

@@ -16,6 +16,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic_arguments import MagicArgumentParser
 
 __all__ = [
+    "ALIASES",
     "ARCHITECTURES",
     "BENCH_MANUAL",
     "BENCH_OPTIONS",
@@ -45,6 +46,8 @@ OPS = (
     "lora_expand",
     "sample",
 )
+ALIASES: Mapping[str, str] = {"attention": "prefill_attention", "rope": "rope_write", "norm": "add_rms_norm"}
+"""Shorter words for ops."""
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -52,19 +55,20 @@ PROVIDERS = (
     "ours",
     "eager",
     "compile",
-    "sdpa flash",
-    "sdpa cudnn",
-    "sdpa efficient",
-    "sdpa math",
+    "sdpa-flash",
+    "sdpa-cudnn",
+    "sdpa-efficient",
+    "sdpa-math",
     "flash-attn",
     "flashinfer",
     "liger",
     "cublas",
     "blas",
-    "torch int8",
-    "torch int4",
+    "torch-int8",
+    "torch-int4",
     "torch",
 )
+"""Each in one word."""
 PATIENCE = 60.0
 """Seconds that one case of a candidate may take."""
 
@@ -85,7 +89,7 @@ _RESULTS = {
 }
 BENCH_OPTIONS: Mapping[str, tuple[str, str]] = {
     **_SHAPES,
-    "--providers": ("NAME ...", "measure these alone, such as ours eager 'sdpa flash'"),
+    "--providers": ("NAME ...", "measure these alone, such as ours eager sdpa-flash: --list names them"),
     "--open": ("FILE", "measure nothing: show saved results, as they were measured"),
     "--list": ("", "say what can be measured, by whom"),
     **_RESULTS,
@@ -135,7 +139,8 @@ KERNEL_MANUAL = f"""Check a kernel of your own against the op it is to replace, 
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-The op stands first: {", ".join(OPS)}. The cell defines a
+The op stands first: {", ".join(OPS)}. In short:
+{", ".join(f"{word} for {op}" for word, op in ALIASES.items())}. The cell defines a
 function of the op's name and with its arguments, or just one function; `@triton.jit` kernels that it launches stand
 beside it. mistral_nb_kernels.reference has each op in plain torch.
 
@@ -182,7 +187,9 @@ def read_line(line: str, magic: str) -> Asked:
     if given.out is not None and (not given.out.isidentifier() or keyword.iskeyword(given.out)):
         raise UsageError(f"--out {given.out}: not a name that a variable can have")
     if magic == "mistral_kernel" and not given.help and (not rest or rest[0].startswith("-")):
-        raise UsageError(f"which op? It stands first, such as %%mistral_kernel swiglu; there are {', '.join(OPS)}")
+        raise UsageError(
+            f"which op? It stands first, such as %%mistral_kernel swiglu; there are {', '.join((*OPS, *ALIASES))}"
+        )
     return Asked(tuple(rest), given.out, getattr(given, "timeout", None), given.help)
 
 
@@ -201,7 +208,7 @@ _KERNEL = re.compile(r"\s*%%mistral_kernel\s")
 _VALUES: Mapping[str, Iterable[str]] = {
     "--dtype": DTYPES,
     "--device": DEVICES,
-    "--providers": [name for name in PROVIDERS if " " not in name],
+    "--providers": PROVIDERS,
     "--compile": ARCHITECTURES,
 }
 
@@ -214,10 +221,13 @@ def bench_candidates(before: str, names: Iterable[str]) -> tuple[str, list[str]]
     magic = _BENCH.match(before) or _KERNEL.match(before)
     if magic is None:
         return "", []
-    words = before[magic.end() :].split(" ")
-    word, former = words[-1], [each for each in words[:-1] if each]
+    *former, word = before[magic.end() :].split(" ")
+    try:
+        given = shlex.split(" ".join(former))
+    except ValueError:  # in quotes
+        return "", []
     kernel = _KERNEL.match(before) is not None
-    return word, [name for name in _fitting(word, former, kernel, names) if name.startswith(word)]
+    return word, [name for name in _fitting(word, given, kernel, names) if name.startswith(word)]
 
 
 def _fitting(word: str, former: list[str], kernel: bool, names: Iterable[str]) -> Iterable[str]:
@@ -225,11 +235,13 @@ def _fitting(word: str, former: list[str], kernel: bool, names: Iterable[str]) -
         return KERNEL_OPTIONS if kernel else BENCH_OPTIONS
     option = next((each for each in reversed(former) if each.startswith("-")), "")
     if option in _VALUES:
-        return [value for value in _VALUES[option] if value not in former]
+        begun = word[: word.rfind(",") + 1]
+        given = {part.strip().replace(" ", "-") for each in (*former, begun) for part in each.split(",")}
+        return [begun + value for value in _VALUES[option] if value not in given]
     if option in ("-o", "--out"):
         return sorted(name for name in names if not name.startswith("_")) if former[-1] == option else ()
     if option:
         return ()
     if kernel:
-        return () if former else OPS
+        return () if former else (*OPS, *ALIASES)
     return [subject for subject in SUBJECTS if subject not in former]
