@@ -14,6 +14,15 @@ from pathlib import Path
 import pytest
 
 SETTINGS = ("MISTRAL_NB_", "CLOUDFLARE_")
+LONGEST = (
+    "tests/examples/test_lora.py",
+    "tests/examples/test_kernel_notebooks.py",
+    "tests/engine/test_adapters_embedded.py",
+    "tests/test_bench_load.py",
+    "tests/engine/test_engine.py",
+    "tests/soak",
+)
+"""They come first: begun last, one would keep a worker long after the others have nothing left."""
 FOLDERS = ("MISTRAL_NB_RUNTIME_DIR", "MISTRAL_NB_LOG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR")
 
 
@@ -77,6 +86,7 @@ def chromium() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked or (has_gpu() and config.option.markexpr == "gpu"):
         return

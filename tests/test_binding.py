@@ -163,11 +163,21 @@ def test_the_token_shows_nowhere(ai: AI, peer: Peer) -> None:
 
 def test_code_for_cloudflare_runs_on_the_local_engine(embedded: Path) -> None:
     ai = AI("local", "embedded")
-    whole = ai.run(MODEL, {"prompt": "What is the capital of France?", "temperature": 0, "max_tokens": 12})
+    whole = ai.run(
+        MODEL, {"prompt": "What is the capital of France? Answer in one sentence.", "temperature": 0, "max_tokens": 12}
+    )
     assert "Paris" in whole["response"]
     assert whole["usage"]["completion_tokens"] <= 12
     *pieces, last, done = events(
-        ai.run(MODEL, {"prompt": "What is the capital of France?", "temperature": 0, "max_tokens": 12, "stream": True})
+        ai.run(
+            MODEL,
+            {
+                "prompt": "What is the capital of France? Answer in one sentence.",
+                "temperature": 0,
+                "max_tokens": 12,
+                "stream": True,
+            },
+        )
     )
     assert "".join(piece["response"] for piece in pieces) == whole["response"]
     assert last == {"response": "", "usage": whole["usage"]}

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(*arguments: str, options: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
     """`python -m mistral_nb` in a process of its own."""
     command = [sys.executable, *options, "-m", "mistral_nb", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300)
 
 
 def test_version() -> None:
@@ -69,7 +69,7 @@ def test_it_ends_quietly_when_nobody_reads_it(command: str, tmp_path: Path) -> N
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"MISTRAL_NB_HOME": str(tmp_path), "MISTRAL_NB_RUNTIME_DIR": str(tmp_path)},
-            timeout=60,
+            timeout=300,
         )
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +41,14 @@ from mistral_nb.hardware import nvidia_gpus
 from mistral_nb.models import EMBEDDED
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.types import Chunk, GenerationRequest, Usage
-from tests.backends.scripted import BOUND, PATIENCE, Peer, eventually, frame, head
+from tests.backends.scripted import PATIENCE, Peer, eventually, frame, head
 from tests.engine.sparse_checkpoint import BYTES_A_LAYER, memory_to_exceed, sparse_checkpoint
 from tests.finetunes.adapters import EMBEDDED as EMBEDDED_FEATURES
 from tests.finetunes.adapters import matrices, write_adapter
 from tests.server.engines import Engines
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = GenerationRequest(prompt="What is the capital of France?", max_tokens=8, temperature=0)
+SHORT = GenerationRequest(prompt="What is the capital of France? Answer in one sentence.", max_tokens=12, temperature=0)
 LONG = GenerationRequest(prompt="Write a very long story.", max_tokens=4000, temperature=0)
 
 
@@ -95,31 +94,30 @@ def until(stream: Pump, wanted: str) -> None:
     raise AssertionError(f"{wanted!r} did not come")
 
 
-def close_while_blocked(stream: Pump) -> float:
-    """Close from here while another thread reads on; seconds until that thread has the last chunk, a cancelled one."""
-    ended: list[tuple[float, list[Chunk]]] = []
-    reader = threading.Thread(target=lambda: ended.append(((rest := list(stream)) and time.perf_counter(), rest)))
+def close_while_blocked(stream: Pump) -> None:
+    """Close from here while another thread reads on, which then has the last chunk, a cancelled one."""
+    ended: list[list[Chunk]] = []
+    reader = threading.Thread(target=lambda: ended.append(list(stream)))
     reader.start()
-    start = time.perf_counter()
     stream.close()
     reader.join(PATIENCE)
-    at, chunks = ended[0]
-    assert chunks[-1] == Chunk(finish_reason="cancelled")
-    return at - start
+    assert ended[0][-1] == Chunk(finish_reason="cancelled")
 
 
-def loaded() -> bool:
-    return any(engine.health and engine.health.state == "ready" for engine in status(load_settings()))
-
-
+@pytest.mark.skipif(os.name != "posix", reason="lets a process stand still")
 def test_closing_while_the_engine_starts_and_while_it_loads_leaves_one_engine(alone: Path) -> None:
-    seconds = []
-    for wanted in ("Starting the engine", "Loading the model"):
-        stream = local().stream(SHORT)
-        until(stream, wanted)
-        seconds.append(close_while_blocked(stream))
-    assert max(seconds) < BOUND or not loaded(), "closing does not wait for the engine"
+    """Closing does not wait for the engine, which stands still."""
+    stream = local().stream(SHORT)
+    until(stream, "Starting the engine")
+    close_while_blocked(stream)
+    stream = local().stream(SHORT)
+    until(stream, "Loading the model")
     first = record().pid
+    os.kill(first, signal.SIGSTOP)
+    try:
+        close_while_blocked(stream)
+    finally:
+        os.kill(first, signal.SIGCONT)
     chunks = list(local().stream(SHORT))
     assert "Paris" in text_of(chunks)
     assert record().pid == first
@@ -280,7 +278,7 @@ def record_of(pid: int) -> EngineRecord:
 
 def ask_over_the_wire(engine: EngineRecord) -> None:
     """A request that another client has under way; how it ends is not this one's business."""
-    connection = http.client.HTTPConnection(engine.host, engine.port, timeout=60)
+    connection = http.client.HTTPConnection(engine.host, engine.port, timeout=300)
     body = json.dumps({"prompt": "Write a very long story.", "max_tokens": 4000, "temperature": 0, "stream": True})
     connection.request(
         "POST", f"/client/v4/accounts/a/ai/run/{EMBEDDED}", body, {"Authorization": f"Bearer {engine.token}"}
@@ -419,6 +417,7 @@ def test_closing_while_the_model_is_pulled_leaves_nothing(alone: Path, monkeypat
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{index.port}/simple")
+    monkeypatch.setenv("PIP_TIMEOUT", "600")  # it gives up by itself later than a test does
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("CLOUDFLARE_API_TOKEN", "t0ken-for-nobody-else")
     stream = local().stream(SHORT)
@@ -427,7 +426,7 @@ def test_closing_while_the_model_is_pulled_leaves_nothing(alone: Path, monkeypat
     seen = [Path(f"/proc/{pid}/environ").read_bytes() for pid in children(os.getpid())]
     assert any(b"PIP_INDEX_URL" in environment for environment in seen)
     assert not any(b"t0ken-for-nobody-else" in environment for environment in seen)
-    assert close_while_blocked(stream) < 5, "pip would wait for 15 s"
+    close_while_blocked(stream)
     assert index.gone.wait(PATIENCE)
     assert eventually(lambda: list((alone / "home" / "models").glob(".staging*")) == [])
     assert runtime.read_record(EMBEDDED) is None
@@ -446,7 +445,8 @@ def test_two_notebooks_that_start_at_once_share_one_engine(alone: Path) -> None:
     script = """
         import mistral_nb
         from mistral_nb import runtime
-        answer = mistral_nb.ask("What is the capital of France?", backend="local", max_tokens=8, temperature=0)
+        question = "What is the capital of France? Answer in one sentence."
+        answer = mistral_nb.ask(question, backend="local", temperature=0)
         print(runtime.read_record("smollm2-135m-instruct").pid, "Paris" in answer.text)
     """
     both = [python(script) for _ in range(2)]
@@ -466,7 +466,7 @@ INTERRUPTED = """
         answer.close()
     print(answer.result.finish_reason)
     if answer.text:
-        after = mistral_nb.ask("What is the capital of France?", backend="local", max_tokens=8, temperature=0)
+        after = mistral_nb.ask("What is the capital of France? Answer in one sentence.", backend="local", temperature=0)
         print("Paris" in after.text)
 """
 

@@ -84,6 +84,14 @@ def test_sys_exit_where_nobody_catches_it_is_an_error_in_words(
     assert capfd.readouterr().err.strip() == words
 
 
+@pytest.mark.parametrize("text", ["raise KeyboardInterrupt", "def swiglu(gate_up):\n    raise KeyboardInterrupt\n"])
+def test_an_interrupt_that_nobody_sent_is_an_error(
+    text: str, candidate: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "kernels", "candidate", "swiglu", candidate(text), *ASKED]) == 1
+    assert "the candidate ended the process before it was judged (KeyboardInterrupt)" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("code", "status", "words"),
     [

@@ -29,7 +29,7 @@ from tests.models.hub_server import Fault, HubServer, Repo, use_hub
 from tests.models.tiny_repos import sharded
 
 SHARD = "model-00002-of-00003.safetensors"
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 Say = Callable[..., tuple[int, str, str]]
 

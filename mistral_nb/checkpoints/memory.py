@@ -33,9 +33,7 @@ Device = Literal["cpu", "cuda"]
 _SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a value; what is no matrix has those of the activations."""
 _PACKED: dict[Device, int] = {"cpu": 4, "cuda": 2}
-"""Bytes of an activation, embedding, norm or KV value beside matrices in int8 and int4. Of the KV at most: CPUs that
-multiply bf16 have 2.
-"""
+"""Bytes of an activation, embedding, norm or KV value beside matrices in int8 and int4."""
 _PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _LIBRARIES: dict[Device, int] = {"cpu": 40_000_000, "cuda": 300_000_000}
 CONTEXT: dict[Device, int] = {"cpu": 0, "cuda": 300_000_000}
@@ -86,11 +84,10 @@ class Selection:
 def estimate(args: ModelArgs, precision: Precision, context: int, device: Device) -> Estimate:
     """What the engine will take with a context of so many tokens.
 
-    Weights are exact, and keys and values, but that beside int8 and int4 some CPUs have half as much of them. The
-    workspace is the RoPE table and what a prompt's chunk, of 128 tokens on the CPU and 2048 on a GPU, has at its
-    widest: activations, and on the CPU the attention mask. On top, 40 MB are assumed for what the libraries keep (18
-    to 30 MB with the embedded model, by precision), and on a GPU 300 MB for cuBLAS, captured graphs and matrices that
-    are unpacked for a prompt.
+    Weights and KV are exact. The workspace is the RoPE table and what a prompt's chunk, of 128 tokens on the CPU and
+    2048 on a GPU, has at its widest: activations, and on the CPU the attention mask. On top, 40 MB are assumed for what
+    the libraries keep (18 to 30 MB with the embedded model, by precision), and on a GPU 300 MB for cuBLAS, captured
+    graphs and matrices that are unpacked for a prompt.
     """
     size = _SIZES.get(precision, _PACKED[device])
     kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * size

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mistral_nb.checkpoints.args import ModelArgs
-from mistral_nb_kernels import Dense, Lora, LoraRows, Norm, Ops, PagedKV, Rows, Weight, reference
+from mistral_nb_kernels import Lora, LoraRows, Norm, Ops, PagedKV, Rows, Weight, reference
 
 __all__ = ["AdapterRows", "Cancelled", "Layer", "LayerAdapters", "Transformer", "Weights"]
 
@@ -70,12 +70,7 @@ class Cancelled(Exception):
 
 
 class Transformer:
-    """Runs rows through the layers and writes their keys and values, which are of `kv_dtype`.
-
-    That is the activations' type, `dtype`, but bf16 beside int8 and int4 on a CPU that multiplies it: activations are
-    rounded to it for those products anyway. Attention over 128 tokens of each of 8 sequences takes 4.9 ms of a step of
-    the embedded model so, and 6.8 ms in fp32 (AMD EPYC, 2 cores).
-    """
+    """Runs rows through the layers and writes their keys and values."""
 
     def __init__(self, args: ModelArgs, weights: Weights, ops: Ops) -> None:
         self.args = args
@@ -83,9 +78,6 @@ class Transformer:
         self.ops = ops
         self.device = weights.tok_embeddings.device
         self.dtype = weights.tok_embeddings.dtype
-        packed = not isinstance(weights.layers[0].wqkv, Dense)
-        short = packed and self.device.type == "cpu" and reference.cpu_has("avx512_bf16")
-        self.kv_dtype = torch.bfloat16 if short else self.dtype
         scaling = None if args.rope_scaling is None else reference.RopeScaling(**asdict(args.rope_scaling))
         self._cos, self._sin = reference.rope_table(args.context, args.head_dim, args.rope_theta, self.device, scaling)
 

@@ -25,7 +25,7 @@ def peer() -> Iterator[Peer]:
 
 @pytest.fixture
 def client(peer: Peer) -> Callable[..., WorkersAI]:
-    """Makes a client of `peer` as it would be one of Cloudflare's."""
+    """Makes a client of `peer` as it would be one of Cloudflare's; its limits end nothing that a test waits for."""
 
     def make(**changes: Any) -> WorkersAI:
         values: dict[str, Any] = {
@@ -33,7 +33,7 @@ def client(peer: Peer) -> Callable[..., WorkersAI]:
             "account": "0123456789abcdef0123456789abcdef",
             "token": Secret(TOKEN),
             "model": "@cf/mistral/mistral-7b-instruct-v0.2-lora",
-            "timeouts": Timeouts(30, 30, 30),
+            "timeouts": Timeouts(600, 600, 600),
         }
         return WorkersAI(**{**values, **changes})
 

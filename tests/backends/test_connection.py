@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,7 +10,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +24,7 @@ from mistral_nb.errors import ConfigurationError, ConnectionFailed
 from mistral_nb.secret import Secret
 from mistral_nb.types import Chunk, GenerationRequest
 from tests.backends.keeping import Keeper, Visit
-from tests.backends.scripted import BOUND, PATIENCE, frame, within
+from tests.backends.scripted import PATIENCE, frame
 
 Make = Callable[..., WorkersAI]
 HELLO = GenerationRequest(prompt="Hello")
@@ -76,16 +76,9 @@ def test_answers_at_once_have_a_connection_each_and_both_are_kept(keeper: Keeper
 
 
 @pytest.mark.parametrize("at", ["before the first byte", "between two texts"])
-def test_cancelling_on_a_connection_that_was_used_before_cuts_it_at_once(client: Make, at: str) -> None:
-    def seconds() -> float:
-        with closing(Keeper()) as keeper:
-            return seconds_to_cut(keeper, client(base_url=keeper.url), at)
-
-    assert within(BOUND, seconds)
-
-
-def seconds_to_cut(keeper: Keeper, backend: WorkersAI, at: str) -> float:
-    asked, cut = threading.Event(), threading.Event()
+def test_cancelling_on_a_connection_that_was_used_before_cuts_it(keeper: Keeper, client: Make, at: str) -> None:
+    """Nothing else would: the peer is silent, and the client's limits are longer than the test waits."""
+    backend, asked, cut = client(base_url=keeper.url), threading.Event(), threading.Event()
 
     def answer(visit: Visit) -> None:
         if visit.number != 1:
@@ -103,15 +96,11 @@ def seconds_to_cut(keeper: Keeper, backend: WorkersAI, at: str) -> float:
     if at == "between two texts":
         assert next(stream).text == "Hel"
     assert asked.wait(PATIENCE)
-    start = time.perf_counter()
     stream.close()
     assert cut.wait(PATIENCE)
-    took = time.perf_counter() - start
-    print(f"cut after {took * 1e3:.1f} ms (the bound is {BOUND * 1e3:.0f} ms)")
     assert list(stream)[-1] == Chunk(finish_reason="cancelled")
     assert [text(backend) for _ in range(2)] == ["Hello"] * 2
     assert [visit.connection for visit in keeper.visits] == [0, 0, 1, 1]
-    return took
 
 
 def test_a_connection_that_the_peer_has_closed_meanwhile_is_replaced(keeper: Keeper, client: Make) -> None:
@@ -195,10 +184,8 @@ def test_a_peer_that_does_not_end_after_its_end_mark_holds_nobody(keeper: Keeper
         raise OSError
 
     keeper.answer = answer
-    start = time.perf_counter()
     assert text(client(base_url=keeper.url)) == ""
-    assert time.perf_counter() - start < 15, "half of what the client waits for more"
-    assert end.wait(PATIENCE)
+    assert end.wait(PATIENCE), "the client ends the connection, not the peer"
 
 
 def test_idle_connections_are_closed_when_asked(keeper: Keeper, client: Make) -> None:
@@ -242,7 +229,7 @@ assert ask() == "Hello"
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_uses_connections_of_its_own(keeper: Keeper) -> None:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, keeper.url]
-    done = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [visit.connection for visit in keeper.visits] == [0, 1, 1, 0]
 
@@ -264,7 +251,7 @@ def test_the_interpreter_ends_though_somebody_holds_an_answer(keeper: Keeper, re
     keeper.answer = answer
     script = FORK.partition("def ask")[0] + ENDING + rest
     done = subprocess.run(
-        [sys.executable, "-c", script, keeper.url], env=surroundings(), capture_output=True, timeout=60
+        [sys.executable, "-c", script, keeper.url], env=surroundings(), capture_output=True, timeout=300
     )
     assert done.returncode == (1 if rest else 0), done.stderr
 
@@ -301,7 +288,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pem
 
 
-def test_over_tls_a_kept_connection_is_cut_at_once_too(
+def test_over_tls_a_kept_connection_is_cut_too(
     certificate: Path, client: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -309,32 +296,24 @@ def test_over_tls_a_kept_connection_is_cut_at_once_too(
     with closing(Keeper(tls=tls)) as keeper, pytest.raises(ConnectionFailed, match="certificate"):
         text(client(base_url=keeper.url))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-
-    def seconds() -> float:
-        with closing(Keeper(tls=tls)) as keeper:
-            return seconds_to_cut_over_tls(keeper, client(base_url=keeper.url))
-
-    assert within(BOUND, seconds)
+    with closing(Keeper(tls=tls)) as keeper:
+        cut_over_tls(keeper, client(base_url=keeper.url))
 
 
-def seconds_to_cut_over_tls(keeper: Keeper, backend: WorkersAI) -> float:
+def cut_over_tls(keeper: Keeper, backend: WorkersAI) -> None:
     assert [text(backend) for _ in range(2)] == ["Hello"] * 2
     asked, cut = threading.Event(), threading.Event()
 
     def answer(visit: Visit) -> None:
         asked.set()
         visit.socket.settimeout(PATIENCE)
-        try:
+        with contextlib.suppress(ssl.SSLError, ConnectionResetError):
             visit.socket.recv(1)
-        finally:
-            cut.set()
+        cut.set()
 
     keeper.answer = answer
     stream = backend.stream(HELLO)
     assert asked.wait(PATIENCE)
-    start = time.perf_counter()
     stream.close()
     assert cut.wait(PATIENCE)
-    took = time.perf_counter() - start
     assert {visit.connection for visit in keeper.visits} == {keeper.visits[0].connection}
-    return took

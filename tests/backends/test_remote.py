@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mistral_nb.models import EMBEDDED
 from mistral_nb.report import status_report
 from mistral_nb.runtime import EngineRecord
 from mistral_nb.types import GenerationRequest
-from tests.backends.scripted import BOUND, PATIENCE, TOKEN, Peer, body, eventually, frame, head, within
+from tests.backends.scripted import PATIENCE, TOKEN, Peer, body, eventually, frame, head
 from tests.server.engines import STAND_IN, Engines, free_port
 
 HELLO = GenerationRequest(prompt="What is the capital of France? Answer in one sentence.", temperature=0)
@@ -154,18 +154,11 @@ def test_a_server_that_asks_for_a_longer_wait_than_there_is_is_not_asked_again(p
 
 
 @pytest.mark.parametrize("scripts", [[["hold"]], [body({"errors": [{"message": "Busy", "code": 3040}]}, "429 Busy")]])
-def test_closing_ends_the_search_for_its_model_at_once(peer: Peer, scripts: Any) -> None:
+def test_closing_ends_the_search_for_its_model(peer: Peer, scripts: Any) -> None:
     peer.scripts = scripts
-
-    def seconds() -> float:
-        peer.asked.clear()
-        stream = reach(f"http://127.0.0.1:{peer.port}", retry_deadline=60).stream(HELLO)
-        assert peer.asked.wait(PATIENCE)
-        start = time.perf_counter()
-        stream.close()
-        assert [chunk.finish_reason for chunk in stream if not chunk.status] == ["cancelled"]
-        took = time.perf_counter() - start
-        assert eventually(peer.gone.is_set)
-        return took
-
-    assert within(BOUND, seconds)
+    stream = reach(f"http://127.0.0.1:{peer.port}", retry_deadline=600).stream(HELLO)
+    assert peer.asked.wait(PATIENCE)
+    stream.close()
+    assert [chunk.finish_reason for chunk in stream if not chunk.status] == ["cancelled"]
+    assert eventually(peer.gone.is_set)
+    assert eventually(lambda: "mistral-nb" not in {thread.name for thread in threading.enumerate()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 from mistral_nb import runtime
 from mistral_nb.answer import Answer
 from mistral_nb.backends import Backend, Local, resolve
-from mistral_nb.backends.base import ChunkStream
 from mistral_nb.config import load_settings
-from mistral_nb.engine_control import status
+from mistral_nb.engine_control import call, status
 from mistral_nb.errors import BackendError, ContextOverflow, InvalidRequest, StreamTruncated
 from mistral_nb.models import EMBEDDED
 from mistral_nb.types import Chunk, GenerationRequest
-from tests.backends.scripted import BOUND, PATIENCE, Peer, body, eventually, frame, head, within
+from tests.backends.scripted import PATIENCE, Peer, body, eventually, frame, head
 
 CAPITAL = ("The ", "capital ", "is ", "Paris", ".")
 SCRIPTED = ("workers_ai", "openai")
@@ -28,11 +26,14 @@ REAL = ("local", "remote", "openai_of_ours")
 
 @dataclass
 class Subject:
-    """A backend under test, what prepares its peer for a kind of answer, and whether its peer is at rest."""
+    """A backend under test, what prepares its peer for a kind of answer, and whether its peer was left in the middle.
+
+    That is: since `prepare` the client has gone, and an engine generates for nobody, having cut an answer short.
+    """
 
     backend: Backend
     prepare: Callable[[str], None]
-    at_rest: Callable[[], bool]
+    hung_up: Callable[[], bool]
     real: bool = True
 
 
@@ -80,7 +81,12 @@ def _texts(kind: str) -> tuple[str, ...]:
 def make(name: str, request: pytest.FixtureRequest) -> Subject:
     if name in REAL:
         local: Local = request.getfixturevalue("engine")
-        return Subject(local if name == "local" else reached(name), lambda kind: None, lambda: active() == 0)
+        before = cancelled()
+
+        def hung_up() -> bool:
+            return active() == 0 and cancelled() > before
+
+        return Subject(local if name == "local" else reached(name), lambda kind: None, hung_up)
     peer: Peer = request.getfixturevalue("peer")
     if name == "openai":
         peer.drop = frame({"choices": [{"delta": {"content": "drip "}}]})
@@ -126,6 +132,15 @@ def active() -> int:
     return sum(engine.health.active for engine in status(load_settings()) if engine.health)
 
 
+def cancelled() -> int:
+    """Requests that the shared engine did not answer to the end, since their clients had gone."""
+    record = runtime.read_record(EMBEDDED)
+    assert record
+    code, health = call(record, "GET", "/health", timeout=PATIENCE)
+    assert code == 200
+    return int(health["cancelled"])
+
+
 SHORT = GenerationRequest(prompt="What is the capital of France? Answer in one sentence.", temperature=0)
 LONG = GenerationRequest(prompt="Write a very long story.", max_tokens=2000, temperature=0)
 
@@ -142,8 +157,8 @@ def test_text_comes_in_pieces_and_then_one_last_chunk(subject: Subject) -> None:
     assert last.usage.completion_tokens >= len(before)
     assert list(stream) == []
     # What comes while a reader stands still is one piece.
-    pieces = (len([chunk for chunk in subject.backend.stream(SHORT) if chunk.text]) for _ in range(3))
-    assert len(before) > 1 or max(pieces) > 1
+    pieces = (len([chunk for chunk in subject.backend.stream(SHORT) if chunk.text]) for _ in range(10))
+    assert len(before) > 1 or any(number > 1 for number in pieces)
 
 
 def test_a_full_measure_of_tokens_ends_with_length(subject: Subject) -> None:
@@ -205,7 +220,7 @@ def test_characters_of_many_tokens_come_whole(real: Subject) -> None:
         return found
 
     # What comes while a reader stands still is one piece.
-    assert any(len(pieces()) > 5 for _ in range(3))
+    assert any(len(pieces()) > 5 for _ in range(10))
     assert set(whole) <= {"🦊", "🐶"}
 
 
@@ -266,16 +281,9 @@ def test_a_prompt_of_the_greatest_length_is_refused_for_its_tokens(real: Subject
         list(real.backend.stream(SHORT.with_(prompt="🦊" * 131_072)))
 
 
-def test_closing_from_another_thread_ends_a_blocked_read_at_once(subject: Subject) -> None:
-    def seconds() -> float:
-        subject.prepare("long")
-        return seconds_to_rest(subject, subject.backend.stream(LONG))
-
-    assert within(BOUND, seconds)
-
-
-def seconds_to_rest(subject: Subject, stream: ChunkStream) -> float:
-    """From closing a stream that another thread reads until that thread and the peer are done."""
+def test_closing_from_another_thread_ends_a_blocked_read(subject: Subject) -> None:
+    subject.prepare("long")
+    stream = subject.backend.stream(LONG)
     chunks: list[Chunk] = []
     begun, ended = threading.Event(), threading.Event()
 
@@ -288,17 +296,13 @@ def seconds_to_rest(subject: Subject, stream: ChunkStream) -> float:
 
     threading.Thread(target=reader).start()
     assert begun.wait(PATIENCE)
-    start = time.perf_counter()
     stream.close()
     assert ended.wait(PATIENCE)
-    print(f"closed after {(time.perf_counter() - start) * 1e3:.1f} ms (the bound is {BOUND * 1e3:.0f} ms)")
-    assert eventually(subject.at_rest)
-    took = time.perf_counter() - start
+    assert eventually(subject.hung_up)
     assert "".join(chunk.text for chunk in chunks)
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["cancelled"]
     stream.close()
     assert list(stream) == []
-    return took
 
 
 def test_closing_before_the_first_read_cancels_too(subject: Subject) -> None:
@@ -306,27 +310,17 @@ def test_closing_before_the_first_read_cancels_too(subject: Subject) -> None:
     stream = subject.backend.stream(LONG)
     stream.close()
     assert [chunk.finish_reason for chunk in stream if not chunk.text and not chunk.status] == ["cancelled"]
-    assert not subject.real or eventually(subject.at_rest, PATIENCE)
-
-
-def seconds_until(predicate: Callable[[], bool]) -> float:
-    start = time.perf_counter()
-    assert eventually(predicate)
-    return time.perf_counter() - start
+    assert not subject.real or eventually(lambda: active() == 0)
 
 
 def test_closing_in_the_same_thread_cancels(subject: Subject) -> None:
-    def seconds() -> float:
-        subject.prepare("long")
-        stream = subject.backend.stream(LONG)
-        while not next(stream).text:
-            pass
-        stream.close()
-        took = seconds_until(subject.at_rest)
-        assert list(stream)[-1].finish_reason == "cancelled"
-        return took
-
-    assert within(BOUND, seconds)
+    subject.prepare("long")
+    stream = subject.backend.stream(LONG)
+    while not next(stream).text:
+        pass
+    stream.close()
+    assert eventually(subject.hung_up)
+    assert list(stream)[-1].finish_reason == "cancelled"
 
 
 def test_closing_after_the_end_changes_nothing(subject: Subject) -> None:
@@ -338,14 +332,11 @@ def test_closing_after_the_end_changes_nothing(subject: Subject) -> None:
 
 
 def test_a_stream_that_is_dropped_is_cancelled(subject: Subject) -> None:
-    def seconds() -> float:
-        subject.prepare("long")
-        for chunk in subject.backend.stream(LONG):
-            if chunk.text:
-                break
-        return seconds_until(subject.at_rest)
-
-    assert within(BOUND, seconds)
+    subject.prepare("long")
+    for chunk in subject.backend.stream(LONG):
+        if chunk.text:
+            break
+    assert eventually(subject.hung_up)
 
 
 def test_two_streams_at_once_both_get_their_answers(subject: Subject) -> None:
@@ -370,10 +361,7 @@ def test_an_answer_after_a_cancelled_one_is_whole(subject: Subject) -> None:
         pass
     first.close()
     subject.prepare("short")
-    start = time.perf_counter()
-    chunks = list(subject.backend.stream(SHORT))
-    print(f"the next answer took {time.perf_counter() - start:.2f} s")
-    assert chunks[-1].finish_reason == "stop"
+    assert list(subject.backend.stream(SHORT))[-1].finish_reason == "stop"
 
 
 def test_the_backend_says_who_answers(subject: Subject) -> None:

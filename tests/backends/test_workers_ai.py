@@ -31,7 +31,6 @@ from mistral_nb.errors import (
 )
 from mistral_nb.types import Chunk, GenerationRequest, Usage
 from tests.backends.scripted import (
-    BOUND,
     PATIENCE,
     TOKEN,
     Peer,
@@ -40,13 +39,12 @@ from tests.backends.scripted import (
     full_house,
     head,
     interrupt,
-    seconds_to,
     wait_for,
-    within,
 )
 
 Make = Callable[..., WorkersAI]
 HELLO = GenerationRequest(prompt="Hello")
+CANCELLED = [Chunk(finish_reason="cancelled")]
 
 
 def text_of(chunks: list[Chunk]) -> str:
@@ -240,7 +238,7 @@ def test_no_limit_strikes_while_text_keeps_coming(peer: Peer, client: Make) -> N
                 assert chunk.text == "drip "
         return True
 
-    assert any(spared(limit) for limit in (0.4, 1.5, 5))
+    assert any(spared(limit) for limit in (0.4, 1.5, 5, 25))
 
 
 def test_what_is_no_text_counts_as_a_sign_of_life(peer: Peer, client: Make) -> None:
@@ -252,24 +250,22 @@ def test_what_is_no_text_counts_as_a_sign_of_life(peer: Peer, client: Make) -> N
         chunks, error = collect(client(timeouts=Timeouts(30, 30, limit)))
         return error is None and text_of(chunks) == "Hello"
 
-    assert any(spared(limit) for limit in (0.3, 1.5, 5))
+    assert any(spared(limit) for limit in (0.3, 1.5, 5, 25))
 
 
-def closed_while_reading(backend: WorkersAI, reached: Callable[[], None] | None = None) -> tuple[list[Chunk], float]:
-    """Closes a stream from this thread while another one reads it; the chunks, and seconds until the reader knew.
+def closed_while_reading(backend: WorkersAI, reached: Callable[[], None] | None = None) -> list[Chunk]:
+    """Closes a stream from this thread while another one reads it, which alone ends that; the chunks that it read.
 
     It is closed once `reached` returns, else once there is text.
     """
     stream = backend.stream(HELLO)
     chunks: list[Chunk] = []
-    ended: list[float] = []
     begun = threading.Event()
 
     def reader() -> None:
         for chunk in stream:
             chunks.append(chunk)
             begun.set()
-        ended.append(time.perf_counter())
 
     thread = threading.Thread(target=reader)
     thread.start()
@@ -277,16 +273,16 @@ def closed_while_reading(backend: WorkersAI, reached: Callable[[], None] | None 
         wait_for(begun)
     else:
         reached()
-    start = time.perf_counter()
     stream.close()
     thread.join(PATIENCE)
-    return chunks, ended[0] - start
+    assert not thread.is_alive()
+    return chunks
 
 
 def test_closing_wakes_a_reader_that_waits_for_a_connection(client: Make) -> None:
     with full_house() as port:
         backend = client(base_url=f"http://127.0.0.1:{port}")
-        assert within(BOUND, lambda: seconds_to_cancelled(backend, lambda: None))
+        assert closed_while_reading(backend, lambda: None) == CANCELLED
 
 
 def test_a_connection_that_is_made_after_closing_is_cut_at_once() -> None:
@@ -303,81 +299,49 @@ def test_a_connection_that_is_made_after_closing_is_cut_at_once() -> None:
 def test_closing_wakes_a_reader_in_a_tls_handshake(client: Make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
+        accepted: list[socket.socket] = []
 
-        def seconds() -> float:
-            accepted: list[socket.socket] = []
+        def in_handshake() -> None:
+            accepted.append(silent.accept()[0])
+            assert accepted[0].recv(1)
 
-            def in_handshake() -> None:
-                accepted.append(silent.accept()[0])
-                assert accepted[0].recv(1)
-
-            took = seconds_to_cancelled(client(base_url=f"https://127.0.0.1:{port}"), in_handshake)
-            with accepted[0] as peer:
-                peer.settimeout(PATIENCE)
-                while peer.recv(4096):
-                    pass
-            return took
-
-        assert within(BOUND, seconds)
+        assert closed_while_reading(client(base_url=f"https://127.0.0.1:{port}"), in_handshake) == CANCELLED
+        with accepted[0] as peer:
+            peer.settimeout(PATIENCE)
+            while peer.recv(4096):
+                pass
 
 
 @pytest.mark.parametrize("script", [["hold"], [head(), "hold"], [head(), frame({"response": ""}), "hold"]])
 def test_closing_wakes_a_reader_before_the_first_text_and_hangs_up(peer: Peer, client: Make, script: Any) -> None:
     peer.scripts = [script]
-
-    def seconds() -> float:
-        peer.asked.clear()
-        peer.gone.clear()
-        return seconds_to_cancelled(client(), lambda: wait_for(peer.asked)) + seconds_to(peer.gone)
-
-    assert within(BOUND, seconds)
+    assert closed_while_reading(client(), lambda: wait_for(peer.asked)) == CANCELLED
+    wait_for(peer.gone)
 
 
 def test_closing_wakes_a_reader_between_two_texts_and_hangs_up(peer: Peer, client: Make) -> None:
     peer.scripts = [[head(), "drip"]]
-
-    def seconds() -> float:
-        peer.gone.clear()
-        chunks, took = closed_while_reading(client())
-        assert text_of(chunks).startswith("drip ")
-        assert chunks[-1] == Chunk(finish_reason="cancelled")
-        return took + seconds_to(peer.gone)
-
-    assert within(BOUND, seconds)
+    chunks = closed_while_reading(client())
+    assert text_of(chunks).startswith("drip ")
+    assert chunks[-1:] == CANCELLED
+    wait_for(peer.gone)
 
 
 def test_a_stream_that_nobody_holds_hangs_up(peer: Peer, client: Make) -> None:
     peer.scripts = [[head(), "drip"]]
-
-    def seconds() -> float:
-        peer.gone.clear()
-        stream = client().stream(HELLO)
-        assert next(stream).text == "drip "
-        del stream
-        return seconds_to(peer.gone)
-
-    assert within(BOUND, seconds)
+    stream = client().stream(HELLO)
+    assert next(stream).text == "drip "
+    del stream
+    wait_for(peer.gone)
 
 
 def test_an_interrupt_hangs_up_even_where_the_stream_is_kept(peer: Peer, client: Make) -> None:
     peer.scripts = [[head(), frame({"response": "Hel"}), interrupt, "hold"]]
-
-    def seconds() -> float:
-        peer.gone.clear()
-        stream = client().stream(HELLO)
-        with pytest.raises(KeyboardInterrupt):
-            collections.deque(stream, maxlen=0)
-        took = seconds_to(peer.gone)
-        assert list(stream)[-1] == Chunk(finish_reason="cancelled")
-        return took
-
-    assert within(BOUND, seconds)
-
-
-def seconds_to_cancelled(backend: WorkersAI, reached: Callable[[], None]) -> float:
-    chunks, seconds = closed_while_reading(backend, reached)
-    assert chunks == [Chunk(finish_reason="cancelled")]
-    return seconds
+    stream = client().stream(HELLO)
+    with pytest.raises(KeyboardInterrupt):
+        collections.deque(stream, maxlen=0)
+    wait_for(peer.gone)
+    assert list(stream)[-1:] == CANCELLED
 
 
 @pytest.mark.parametrize(

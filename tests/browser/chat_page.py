@@ -73,7 +73,7 @@ class Notebook:
     def cell(self, index: int = 0) -> Locator:
         return self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
 
-    def run(self, code: str, cell: int = 0, within: float = 60) -> Locator:
+    def run(self, code: str, cell: int = 0, within: float = 180) -> Locator:
         """Type code over what a cell has, run it, and return the cell when it is done."""
         where = self.cell(cell)
         where.locator(".cm-content").click()

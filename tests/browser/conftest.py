@@ -90,7 +90,7 @@ class Lab:
     def close(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(20)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -117,7 +117,7 @@ def browser(chromium: str) -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """A page with cookies and storage of its own."""
     page = browser.new_page(viewport=SIZE)
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     yield page
     page.close()
 
@@ -125,7 +125,7 @@ def page(browser: Browser) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def teller() -> Iterator[Teller]:
     """The account that the kernels of this module's notebooks ask."""
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=180_000)
     teller = Teller()
     yield teller
     teller.close()
@@ -144,7 +144,7 @@ def notebook(request: pytest.FixtureRequest, lab: Lab, browser: Browser, teller:
 def opened(lab: Lab, browser: Browser, front_end: str, name: str, teller: Teller) -> Iterator[Notebook]:
     context = browser.new_context(viewport=SIZE, permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     yield Notebook(lab, page, front_end, f"{name}.ipynb", teller)
     context.close()
 

@@ -58,7 +58,7 @@ def said_at(chat: ChatPage, turn: int) -> str:
 
 def test_an_adapter_is_picked_weighed_and_changed_between_two_answers(own: Notebook) -> None:
     chat = own.chat("backend='local', model='embedded', temperature=0, max_tokens=12")
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=180_000)
     chat.ask_done("Name a colour.")
     expect(chat.footer(0)).not_to_contain_text("adapter")
     chat.button("Settings").click()

@@ -51,7 +51,7 @@ def test_the_bar_is_shown_and_goes(own_lab: Lab, hub: HubServer, page: Page) -> 
     execute(page, pull)
     bar = output(pull).locator("pre", has_text="B/s")
     shown = re.compile(r"  \d+%  █{5,}░{5,}  [\d.]+ of [\d.]+ MB  [\d.]+ .?B/s")
-    expect(bar).to_have_text(shown, timeout=60_000)
+    expect(bar).to_have_text(shown, timeout=180_000)
     page.wait_for_function(MONOSPACED_BAR)
     assert output(pull).count() == 1
     fault.over.set()

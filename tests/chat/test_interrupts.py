@@ -109,7 +109,7 @@ PROGRAM = """
     session = ChatSession(choice=Choice(backend="cloudflare"))
     session.listen(lambda event: begun.set() if isinstance(event, TextAdded) else None)
     session.send("Go on")
-    assert begun.wait(60)
+    assert begun.wait(180)
     print("leaving")
 """
 

@@ -340,7 +340,7 @@ def test_without_a_thread_to_be_had_the_turn_fails_and_is_heard_of_later(
 
 
 def test_statuses_are_said(make: Callable[..., ChatSession], peer: Peer) -> None:
-    session, heard = make(retry_deadline=30.0), Heard()
+    session, heard = make(retry_deadline=600.0), Heard()
     session.listen(heard)
     peer.scripts = [fails(3040, "No capacity", "429 No"), says("ok")]
     (turn,) = session.send("Hello")

@@ -88,9 +88,7 @@ def test_descriptions(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model(embedded: Path) -> None:
-    start = time.perf_counter()
     model = describe(embedded)
-    print(f"describe: {(time.perf_counter() - start) * 1e3:.0f} ms")
     assert (model.architecture, model.layout, model.dtype) == ("Llama", "safetensors, 1 file", "F32")
     assert model.parameters == 134_515_008
     assert model.checkpoint.bytes == 4 * model.parameters
@@ -360,8 +358,9 @@ def test_a_licence_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     assert describe(folder).licence is None
 
 
-def test_a_7b_model_is_opened_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistral-7B's shapes in a file of holes, 14.5 GB that take no room; the bar is 0.2 s."""
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="what a process reads is told by /proc")
+def test_of_a_7b_model_next_to_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral-7B's shapes in a file of holes, 14.5 GB that take no room."""
     monkeypatch.setattr(tiny, "LAYERS", 32)
     dim, hidden, kv, vocabulary = 4096, 14336, 1024, 32768
     shapes = {
@@ -382,9 +381,12 @@ def test_a_7b_model_is_opened_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     os.truncate(file, file.stat().st_size + size)
     sizes = {"dim": dim, "hidden_dim": hidden, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
     tiny.change_json(folder / "params.json", **sizes, vocab_size=vocabulary)
-    start = time.thread_time()
+    before = bytes_read()
     checkpoint = open_checkpoint(folder)
-    seconds = time.thread_time() - start
-    print(f"open_checkpoint of {checkpoint.bytes / 1e9:.1f} GB: {seconds * 1e3:.1f} ms")
     assert checkpoint.bytes == 14_496_047_104
-    assert seconds < 2
+    assert bytes_read() - before < 50_000_000
+
+
+def bytes_read() -> int:
+    """By this process, from files and else, since it began."""
+    return int(Path("/proc/self/io").read_text().split()[1])

@@ -12,7 +12,7 @@ from mistral_nb.engine.packed_copy import CopyFolder, copy_folder
 from mistral_nb.engine.weights import load_weights
 
 CPU = torch.device("cpu")
-TIMEOUT = 60
+TIMEOUT = 180
 
 
 def place_of(model: Path, precision: Precision = "int4", device: torch.device = CPU) -> CopyFolder:

@@ -17,7 +17,7 @@ from mistral_nb.errors import EngineError
 
 __all__ = ["TIMEOUT", "Thirds", "check_stop_and_cancel", "held", "ids", "jobs", "wait_until"]
 
-TIMEOUT = 60
+TIMEOUT = 180
 
 
 class Thirds:

@@ -67,7 +67,7 @@ def asked(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @contextmanager
 def running(model: Transformer, ahead: bool, tokens: int = PLACES * CONTEXT) -> Iterator[Engine]:
-    pool = KVPool(model.args, PLACES, tokens, model.kv_dtype, CPU, PAGE if ahead else None)
+    pool = KVPool(model.args, PLACES, tokens, model.dtype, CPU, PAGE if ahead else None)
     slots = AdapterSlots(model.args, model.dtype, CPU, slots=PLACES)
     runner: Any = GraphRunner(model, pool, slots) if ahead else DirectRunner(model, pool, 2, slots)
     runner.chunk = 128

@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 def loaded(slots: AdapterSlots, adapter: AdapterSource) -> Applied:
     while (applied := slots.take("test", adapter)) is None:
-        slots.wait(10)
+        slots.wait(180)
     slots.give_back("test")
     return applied
 

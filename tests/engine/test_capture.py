@@ -48,7 +48,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
     runner = GraphRunner(model, KVPool(model.args, PLACES, PLACES * CONTEXT, torch.float32, CPU, 16))
     adapter = write(tmp_path / "one", base)
     while runner.adapters.take("test", adapter) is None:
-        runner.adapters.wait(10)
+        runner.adapters.wait(180)
     return runner
 
 

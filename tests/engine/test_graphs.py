@@ -198,7 +198,7 @@ def test_an_engine_tells_what_it_takes(engines: Callable[[bool], Engine]) -> Non
     assert use.memory is None or use.memory > 1e8
     assert over.wait(TIMEOUT)
     assert len(tokens) == 60
-    assert (engine.use.tokens_per_second or 0) > 1
+    assert (engine.use.tokens_per_second or 0) > 0
     engine.close()
     assert engine.use is None
 

@@ -284,8 +284,8 @@ def test_a_model_that_takes_no_adapters(server: FinetunesServer, settings: Setti
 def test_a_service_that_says_nothing(server: FinetunesServer, settings: Settings, folder: Path) -> None:
     stall = threading.Event()
     server.faults[ASSETS] = [stall]
-    with pytest.raises(RequestTimeout, match=r"no answer within 3 s.*On the account now"):
-        push(folder, "tone", settings=replace(settings, first_token_timeout=3.0))
+    with pytest.raises(RequestTimeout, match=r"no answer within 6 s.*On the account now"):
+        push(folder, "tone", settings=replace(settings, first_token_timeout=6.0))
     stall.set()
 
 

@@ -19,7 +19,7 @@ from mistral_nb.errors import AdapterError
 from mistral_nb.finetunes.adapter import ASSETS, CONFIG_FILE, DEFAULT_MODEL, WEIGHTS_FILE, Adapter, adapter_from_wire
 from mistral_nb.finetunes.store import ASSET_LIMITS, AdapterStore, adapters_path
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @pytest.fixture

@@ -114,6 +114,12 @@ def test_one_that_ends_with_an_error_at_a_timed_shape() -> None:
     assert "in swiglu\n    assert gate_up" in failure.trace
 
 
+def test_one_that_leaves_at_a_timed_shape() -> None:
+    text = TORCH["swiglu"].replace("    g, u", "    gate_up.shape[1] < 10000 or exit(3)\n    g, u")
+    failure = failure_of(trial(text, "swiglu", ODD))
+    assert failure.words.startswith("It ends with SystemExit: 3")
+
+
 def test_one_that_is_wrong_at_a_timed_shape_alone() -> None:
     text = TORCH["swiglu"].replace("return ", "y = ") + "    y[:, 9000:] += 100\n    return y\n"
     failure = failure_of(trial(text, "swiglu", ODD))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -15,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mistral_nb_kernels import reference as ops
 from mistral_nb_kernels.reference.attention import _shares_heads
+from mistral_nb_kernels.reference.linear import _sums_are_exact
 
 ROWS = (1, 2, 3, 5, 8, 17, 64)
 
@@ -153,7 +158,7 @@ def test_linear_int8_takes_rows_that_lie_apart() -> None:
         assert torch.equal(ops.linear_int8(apart, weight, scale), expected)
 
 
-@pytest.mark.skipif(not ops.cpu_has("avx512_vnni"), reason="this CPU adds products of int8 up in 16 bits")
+@pytest.mark.skipif(not _sums_are_exact(), reason="products of int8 are not added up in 32 bits here")
 @pytest.mark.parametrize("inputs", [576, 1000, 1024])
 def test_linear_int8_of_many_outputs_is_exact_but_for_15_bits_of_x(inputs: int) -> None:
     x = torch.randn(9, inputs) * torch.logspace(-3, 2, 9)[:, None]
@@ -177,6 +182,21 @@ def test_linear_int8_of_many_outputs_is_exact_but_for_15_bits_of_x(inputs: int) 
         torch.set_num_threads(threads)
     x[4, 7] = torch.nan
     assert ops.linear_int8(x, weight, scale).isnan().all(-1).tolist() == [row == 4 for row in range(9)]
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "DEFAULT"])
+def test_linear_int8_is_right_whatever_instructions_onednn_may_take(instructions: str) -> None:
+    """Without those for int8 it cuts sums of two products to 16 bits, of which these are too large."""
+    script = """
+import torch
+from mistral_nb_kernels import reference
+x, weight = torch.full((2, 64), 3.0), torch.full((1 << 14, 64), 127, dtype=torch.int8)
+print(reference.linear_int8(x, weight, torch.ones(1 << 14)).unique().tolist())
+"""
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    (found,) = json.loads(done.stdout)
+    assert found == pytest.approx(3 * 127 * 64, rel=2**-8)
 
 
 def test_quantize_int8_keeps_within_half_a_step() -> None:

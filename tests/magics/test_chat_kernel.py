@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.backends.scripted import TOKEN, Peer, environment_of, frame, head, within
+from tests.backends.scripted import PATIENCE, TOKEN, Peer, environment_of, frame, head
 from tests.chat.conftest import says
 from tests.magics.kernels import Kernel, Output
 from tests.magics.pages import KernelPage, open_chat
@@ -115,41 +114,27 @@ def test_an_answer_streams_to_the_page_and_its_transcript_is_saved(page: KernelP
     assert "Hello *world*." in saved
 
 
-def test_the_first_text_is_there_within_100_ms(page: KernelPage, scripted: Peer) -> None:
-    sent: list[float] = []
-
-    def first_text() -> float:
-        asked, more = len(sent), threading.Event()
-        script = says("Hello ", "world.")
-        scripted.scripts += [[script[0], lambda: sent.append(time.monotonic()), script[1], more, *script[2:]]]
-        page.send(type="send", text="Greet.")
-        page.read_until(lambda: running(page) is not None)
-        seconds = time.monotonic() - sent[asked]
-        more.set()
-        page.read_until(lambda: len(page.updates()) == len(sent))
-        return seconds
-
-    assert within(0.1, first_text)
+def test_the_first_text_is_there_before_any_more_comes(page: KernelPage, scripted: Peer) -> None:
+    more = threading.Event()
+    start, first, *rest = says("Hello ", "world.")
+    scripted.scripts += [[start, first, more, *rest]]
+    page.send(type="send", text="Greet.")
+    page.read_until(lambda: running(page) is not None)
+    more.set()
+    page.read_until(lambda: len(page.updates()) == 1)
 
 
-def test_stop_ends_an_answer_within_200_ms_and_keeps_its_text(page: KernelPage, scripted: Peer) -> None:
-
-    def stop() -> float:
-        scripted.scripts += [held("Once ", "upon ")]
-        scripted.gone.clear()
-        page.send(type="send", text="Tell.")
-        page.read_until(lambda: running(page) is not None)
-        started = time.monotonic()
-        assert page.ask(type="stop")["type"] == "done"
-        page.read_until(lambda: running(page) is None)
-        seconds = time.monotonic() - started
-        assert scripted.gone.wait(10)
-        return seconds
-
-    assert within(0.2, stop)
-    for turn in page.turns.values():
-        assert turn["finish"] == "cancelled"
-        assert page.text(turn["id"]).startswith("<p>Once")
+def test_stop_ends_an_answer_and_keeps_its_text(page: KernelPage, scripted: Peer) -> None:
+    """The service, which says no more, does not."""
+    scripted.scripts += [held("Once ", "upon ")]
+    page.send(type="send", text="Tell.")
+    page.read_until(lambda: running(page) is not None)
+    assert page.ask(type="stop")["type"] == "done"
+    page.read_until(lambda: running(page) is None)
+    (turn,) = page.turns.values()
+    assert turn["finish"] == "cancelled"
+    assert page.text(turn["id"]).startswith("<p>Once")
+    assert scripted.gone.wait(PATIENCE)
 
 
 def test_a_second_page_in_the_middle_of_an_answer_shows_the_same(
@@ -296,12 +281,13 @@ def test_no_secret_leaves_the_kernel(page: KernelPage, chat_kernel: Kernel, scri
 def test_a_page_is_answered_while_a_cell_runs(page: KernelPage, chat_kernel: Kernel, scripted: Peer) -> None:
     """In a subshell, as JupyterLab asks where the kernel has them."""
     client, session = chat_kernel.client, chat_kernel.client.session
-    if "kernel subshells" not in client.kernel_info(reply=True, timeout=30)["content"].get("supported_features", []):
+    info = client.kernel_info(reply=True, timeout=PATIENCE)["content"]
+    if "kernel subshells" not in info.get("supported_features", []):
         pytest.skip("this ipykernel has no subshells")
     client.control_channel.send(session.msg("create_subshell_request"))
-    subshell = client.get_control_msg(timeout=30)["content"]["subshell_id"]
+    subshell = client.get_control_msg(timeout=PATIENCE)["content"]["subshell_id"]
     scripted.scripts += [says("Yes, ", "meanwhile.")]
-    code = "import threading\nprint('waiting', flush=True)\nthreading.Event().wait(60)"
+    code = "import threading\nprint('waiting', flush=True)\nthreading.Event().wait(600)"
     request = client.execute(code, stop_on_error=False)
     page.read_until(lambda: any(each["msg_type"] == "stream" for each in page.wire))
     message = session.msg(
@@ -314,9 +300,9 @@ def test_a_page_is_answered_while_a_cell_runs(page: KernelPage, chat_kernel: Ker
     (turn,) = page.turns.values()
     assert page.text(turn["id"]) == "<p>Yes, meanwhile.</p>"
     chat_kernel.interrupt()
-    reply = client.get_shell_msg(timeout=30)
+    reply = client.get_shell_msg(timeout=PATIENCE)
     while reply["parent_header"]["msg_id"] != request:
-        reply = client.get_shell_msg(timeout=30)
+        reply = client.get_shell_msg(timeout=PATIENCE)
     assert reply["content"]["ename"] == "KeyboardInterrupt"
 
 
@@ -340,7 +326,7 @@ def test_a_chat_is_closed_whose_cell_shows_another(chat_kernel: Kernel, scripted
     page.send(type="send", text="Tell.")
     page.read_until(lambda: running(page) is not None)
     open_chat(chat_kernel, code, "c1")
-    assert scripted.gone.wait(10)
+    assert scripted.gone.wait(PATIENCE)
     told = chat_kernel.run("print(old._stage, old.conversation.path[0].finish_reason, chat._stage is not None)")
     assert told.printed == "None cancelled True\n"
 

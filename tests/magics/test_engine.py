@@ -42,21 +42,16 @@ def test_start_stream_stop_and_go_on(apart: None, kernel: Kernel, embedded: Path
     assert metadata["tokens_per_second"] > 0
     (engine,) = engine_control.status(Settings())
 
-    sent: list[float] = []
-    took: list[float] = []
+    sent: list[Output] = []
 
     def while_streaming(output: Output) -> None:
         if len(output.plain) > 150 and not sent:
             kernel.interrupt()
-            sent.append(output.seconds)
+            sent.append(output)
 
-    while len(took) < 3 and (not took or took[-1] >= 1.0):  # a machine may stand still in one
-        sent.clear()
-        stopped = kernel.run(STORY, while_streaming)
-        assert stopped.reply["ename"] == "KeyboardInterrupt"
-        took.append(stopped.outputs[-1].seconds - sent[0])
-    assert took[-1] < 1.0, took
-    assert len([each for each in stopped.displays if each.seconds <= sent[0]]) >= 2
+    stopped = kernel.run(STORY, while_streaming)
+    assert stopped.reply["ename"] == "KeyboardInterrupt"
+    assert stopped.displays.index(sent[0]) < len(stopped.displays) - 1
     assert "stopped here" in stopped.saved[0].markdown
     partial = kernel.run("print(story.finish_reason, len(story.text) > 100)")
     assert partial.printed == "cancelled True\n"

@@ -12,7 +12,7 @@ import pytest
 
 from mistral_nb import models
 from tests.backends.scripted import PATIENCE
-from tests.magics.kernels import Kernel, Output, Run
+from tests.magics.kernels import Kernel, Output
 from tests.models.hub_server import Fault, HubServer
 from tests.models.pip_index import PipIndex, use_index
 
@@ -42,7 +42,7 @@ def test_a_pull_shows_a_bar_in_one_output(hub: HubServer, kernel: Kernel) -> Non
     assert all("text/markdown" not in each.content["data"] for each in result.displays if BAR.match(each.plain))
     percents = [int(each["percent"]) for each in found if each["step"].startswith("Downloading")]
     assert all(before <= after for before, after in pairwise(percents))
-    assert 0 < max(percents) < 100
+    assert any(0 < percent < 100 for percent in percents)
     assert all(each["bar"].count("█") == int(each["percent"]) // 5 for each in found)
     assert any(re.search(r"MB  [\d.]+ [kM]?B/s", each.plain) for each in result.displays)
     assert result.printed == f"org--tiny is in {models.store_path() / 'org--tiny'}\n"
@@ -51,24 +51,15 @@ def test_a_pull_shows_a_bar_in_one_output(hub: HubServer, kernel: Kernel) -> Non
 
 
 def test_an_interrupt_keeps_what_was_fetched(hub: HubServer, kernel: Kernel) -> None:
-    took: list[float] = []
+    fault = hub.fail(SHARD, Fault("stalled", at=500_000))
+    asked: list[int] = []
 
-    def interrupted() -> Run:
-        fault = hub.fail(SHARD, Fault("stalled", at=500_000))
-        sent: list[float] = []
+    def watch(output: Output) -> None:
+        if fault.happened.is_set() and BAR.match(output.plain) and not asked:
+            asked.append(len(hub.asked(SHARD)))
+            kernel.interrupt()
 
-        def watch(output: Output) -> None:
-            if fault.happened.is_set() and BAR.match(output.plain) and not sent:
-                sent.append(output.seconds)
-                kernel.interrupt()
-
-        run = kernel.run("%mistral pull org/tiny", watch)
-        took.append(run.outputs[-1].seconds - sent[0])
-        return run
-
-    result = interrupted()
-    while took[-1] >= 2 and len(took) < 3:  # a machine may stand still in one
-        result = interrupted()
+    result = kernel.run("%mistral pull org/tiny", watch)
     assert result.reply["ename"] == "KeyboardInterrupt"
     assert len(result.reply["traceback"]) == 1
     (saved,) = result.saved
@@ -77,7 +68,7 @@ def test_an_interrupt_keeps_what_was_fetched(hub: HubServer, kernel: Kernel) -> 
         r"and mistral-nb rm org--tiny drops it",
         saved.plain,
     )
-    assert took[-1] < 2, took
+    assert [len(hub.asked(SHARD))] == asked, "it ends before the silence is given up and the shard asked for again"
     assert models.installed() == []
     first = hub.sent("model-00001-of-00003.safetensors")
     again = kernel.run("%mistral pull org/tiny")

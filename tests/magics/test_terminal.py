@@ -21,9 +21,8 @@ PROMPT = r"In \[\d+\]: $"
 @pytest.fixture
 def terminal(cloud: Peer) -> Iterator[pexpect.spawn]:
     command = ["-m", "IPython", "--no-banner", "--no-confirm-exit", "--simple-prompt", "--no-term-title"]
-    child = pexpect.spawn(
-        sys.executable, command, env={**os.environ, "TERM": "xterm"}, encoding="utf-8", timeout=60, dimensions=(50, 200)
-    )
+    variables = {**os.environ, "TERM": "xterm"}
+    child = pexpect.spawn(sys.executable, command, env=variables, encoding="utf-8", timeout=300, dimensions=(50, 200))
     try:
         child.expect(PROMPT)
         child.sendline("%load_ext mistral_nb")

@@ -304,7 +304,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault.kind != "stalled":
                 self.close_connection = True
                 return
-            fault.over.wait(60)
+            fault.over.wait(600)
             start = max(start, fault.at)
         self.write(seen, content[start:end])
 

@@ -344,7 +344,7 @@ def test_the_saved_token_is_found_and_nothing_is_written_beside_it(hub: HubServe
     def run(hub_id: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", program, hub_id]
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     home.mkdir()
     assert run("org/single").returncode == 0

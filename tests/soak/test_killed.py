@@ -24,7 +24,7 @@ from tests.server.engines import DEADLINE, Engines, eventually
 PLACES = 8
 """In the engine's batch."""
 LONG = GenerationRequest(prompt="Write a very long story about a lighthouse.", max_tokens=1500, temperature=0)
-SHORT = GenerationRequest(prompt="What is the capital of France?", max_tokens=8, temperature=0)
+SHORT = GenerationRequest(prompt="What is the capital of France? Answer in one sentence.", max_tokens=12, temperature=0)
 
 
 class Client(threading.Thread):

@@ -67,14 +67,15 @@ def _carry_out(words: list[str], sink: Sink, interrupts: _Interrupts) -> int:
             status, complete = 0, True
         except Refused as refused:
             error = str(refused)
-    except KeyboardInterrupt:
-        status, complete = 130, False
     except Exception:
         raise
-    except BaseException as ended:  # `sys.exit` somewhere in what is measured
-        who = "the candidate" if words[:1] == ["candidate"] else "what is measured"
-        how = f"{type(ended).__name__}: {ended}".removesuffix(": ")
-        error = f"{who} ended the process before it was judged ({how}). Correct that, and run it again"
+    except BaseException as ended:
+        if interrupts.heard and isinstance(ended, KeyboardInterrupt):
+            status, complete = 130, False
+        else:  # raised somewhere in what is measured, as by `sys.exit`
+            who = "the candidate" if words[:1] == ["candidate"] else "what is measured"
+            how = f"{type(ended).__name__}: {ended}".removesuffix(": ")
+            error = f"{who} ended the process before it was judged ({how}). Correct that, and run it again"
     if error:
         sink.send("error", text=error)
     sink.send("end", complete=complete, saved=saved)

@@ -165,6 +165,8 @@ class _Run:
                     raise KeyboardInterrupt
             complete = True
         except KeyboardInterrupt:
+            if not self.interrupted():
+                raise  # somebody else's code did
             interrupted = True
         finally:
             outcome = self._end(complete)

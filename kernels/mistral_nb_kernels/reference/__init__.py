@@ -16,7 +16,7 @@ from mistral_nb_kernels.reference.attention import (
 )
 from mistral_nb_kernels.reference.decode_attention import Decoding, decode_attention, rope_decode_attention
 from mistral_nb_kernels.reference.layers import add_rms_norm, embedding, rms_norm, swiglu
-from mistral_nb_kernels.reference.linear import cpu_has, linear, linear_int4_cpu, linear_int8, quantize_int8
+from mistral_nb_kernels.reference.linear import linear, linear_int4_cpu, linear_int8, quantize_int8
 from mistral_nb_kernels.reference.lora import Adapting, lora_expand, lora_shrink
 from mistral_nb_kernels.reference.sampling import philox, sample, sample_row, uniform
 
@@ -26,7 +26,6 @@ __all__ = [
     "RopeScaling",
     "add_rms_norm",
     "attention",
-    "cpu_has",
     "decode_attention",
     "embedding",
     "linear",

@@ -132,16 +132,15 @@ def rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: 
     real = positions >= 0
     sequences, positions = rows.sequences[real].long(), positions[real]
     pages, offsets = kv.table[sequences, positions // kv.page].long(), positions % kv.page
-    kv.k[pages, :, offsets] = in_type(turned[real], kv.k.dtype)
-    kv.v[pages, :, offsets] = in_type(v[real], kv.v.dtype)
+    kv.k[pages, :, offsets] = turned[real]
+    kv.v[pages, :, offsets] = v[real]
     return rope(q, cos[angles], sin[angles])
 
 
 def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = None) -> Tensor:
     """`attention` of each sequence's rows over its pages; q [n, hq, d], rotated and its keys written -> [n, hq, d].
 
-    It is made in the pages' type. The host reads where rows begin and end: on a GPU it waits for what was launched
-    before.
+    The host reads where rows begin and end: on a GPU it waits for what was launched before.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     ends = torch.cat((rows.starts, rows.lengths)).tolist()
@@ -149,5 +148,5 @@ def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = N
     for sequence, length in enumerate(ends[batch + 1 :]):
         mine = slice(ends[sequence], ends[sequence + 1])
         if mine.stop > mine.start:
-            out[mine] = attention(in_type(q[mine], kv.k.dtype), *kv.of(sequence, length), window)
+            out[mine] = attention(q[mine], *kv.of(sequence, length), window)
     return out

@@ -171,7 +171,7 @@ class _Timed:
         self._points = {(point.op, point.case, dtype_name(point.dtype)): point for point in points}
         self._device = device
         self._case: Case | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._events: Iterator[Event] = iter(())
         self.total = 0
         if points:
@@ -190,7 +190,7 @@ class _Timed:
         def watched() -> Any:
             try:
                 return call()
-            except Exception as error:  # somebody else's code
+            except (Exception, SystemExit) as error:  # somebody else's code
                 self._error = error
                 raise RuntimeError(said(error)) from error
 
