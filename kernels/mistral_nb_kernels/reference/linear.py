@@ -108,8 +108,8 @@ def _in_integers(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @functools.cache
 def _sums_are_exact() -> bool:
-    """Whether torch's product of int8 adds up in 32 bits. Where instructions for that are missing, or are kept from oneDNN
-    by ONEDNN_MAX_CPU_ISA, it cuts sums of two products to 16 on the way.
+    """Whether torch's product of int8 adds up in 32 bits. Where instructions for that are missing, or ONEDNN_MAX_CPU_ISA
+    keeps them from oneDNN, it cuts sums of two products to 16 on the way.
     """
     processor: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones do not say
     if not processor.get("avx512_vnni"):
