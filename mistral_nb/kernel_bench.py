@@ -272,7 +272,7 @@ def _left(trail: Path) -> dict[str, Any]:
 
 def _ended(arguments: Sequence[str], code: int, doing: str) -> str:
     """A process that ended without telling how, in words."""
-    judged = arguments[:1] == [_CANDIDATE]
+    judged = doing and arguments[:1] == [_CANDIDATE]
     who = "the candidate ended the process before it was judged" if judged else "the benchmark's process ended"
     return f"{who} ({exit_words(code)}){f' in {doing}' if doing else ''}"
 

@@ -163,7 +163,7 @@ def test_linear_int8_takes_rows_that_lie_apart() -> None:
 def test_linear_int8_of_many_outputs_is_exact_but_for_15_bits_of_x(inputs: int) -> None:
     x = torch.randn(9, inputs) * torch.logspace(-3, 2, 9)[:, None]
     x[0], x[1], x[2] = 0, -1, torch.tensor([3.0, -0.01]).repeat(inputs // 2)
-    weight, scale = ops.quantize_int8(torch.randn(1 << 14, inputs))
+    weight, scale = ops.quantize_int8(torch.randn(1 << 15, inputs))
     weight[:2], weight[2] = 127, -127
     step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (127 * 128)
     whole = (x.double() @ weight.double().t()) * scale.double()
@@ -171,7 +171,7 @@ def test_linear_int8_of_many_outputs_is_exact_but_for_15_bits_of_x(inputs: int) 
     assert got.dtype == torch.float32
     assert ((got - whole).abs() <= 0.51 * step * weight.abs().sum(-1) * scale + 2**-23 * whole.abs()).all()
     assert relative(got[3:], whole[3:]) < 1e-4
-    assert torch.equal(got[0], torch.zeros(1 << 14))
+    assert torch.equal(got[0], torch.zeros(1 << 15))
     threads = torch.get_num_threads()
     try:
         for count, rows in itertools.product((1, 2, 3), range(1, 10)):
@@ -190,8 +190,8 @@ def test_linear_int8_is_right_whatever_instructions_onednn_may_take(instructions
     script = """
 import torch
 from mistral_nb_kernels import reference
-x, weight = torch.full((2, 64), 3.0), torch.full((1 << 14, 64), 127, dtype=torch.int8)
-print(reference.linear_int8(x, weight, torch.ones(1 << 14)).unique().tolist())
+x, weight = torch.full((2, 64), 3.0), torch.full((1 << 15, 64), 127, dtype=torch.int8)
+print(reference.linear_int8(x, weight, torch.ones(1 << 15)).unique().tolist())
 """
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)

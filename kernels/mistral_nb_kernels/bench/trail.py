@@ -70,10 +70,11 @@ def watched(command: Sequence[str], *, events: bool) -> int:
     if interrupts:
         return 130
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    where = f" in {left['doing']}" if "doing" in left else ""
+    words = f"the benchmark's process ended ({how})"
+    if "doing" in left:
+        words = f"the candidate ended the process before it was judged ({how}) in {left['doing']}"
     sink: Sink = Lines() if events else Terminal()
-    words = f"the candidate ended the process before it was judged ({how}){where}. Correct that, and run it again"
-    sink.send("error", text=words)
+    sink.send("error", text=f"{words}. Correct that, and run it again")
     sink.send("end", complete=False, saved=None)
     return 1
 

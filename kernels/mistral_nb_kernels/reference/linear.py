@@ -18,7 +18,7 @@ __all__ = ["linear", "linear_int4_cpu", "linear_int8", "quantize_int8"]
 INT8_MAX = 127
 HALF = 128
 """What the upper half of a number of 15 bits counts."""
-MANY, SHORT = 1 << 14, 1024
+MANY, SHORT = 1 << 15, 1024
 """Outputs from which on, and inputs up to which, products are made of integers: torch's op packs the matrix at each
 call, which takes 4 times as long as the product where there are 4096 inputs. Sums of no more fit into 32 bits.
 """
@@ -108,8 +108,8 @@ def _in_integers(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @functools.cache
 def _sums_are_exact() -> bool:
-    """Whether torch's product of int8 adds up in 32 bits. Where instructions for that are missing, or ONEDNN_MAX_CPU_ISA
-    keeps them from oneDNN, it cuts sums of two products to 16 on the way.
+    """Whether torch's product of int8 adds up in 32 bits. Where instructions for that are missing, or the environment's
+    ONEDNN_MAX_CPU_ISA keeps them from oneDNN, it cuts sums of two products to 16 on the way.
     """
     processor: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones do not say
     if not processor.get("avx512_vnni"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -131,21 +130,26 @@ def _checked_uneven(
     candidate: Candidate, points: list[Point], device: torch.device, done: int, total: int
 ) -> Generator[Told, None, bool]:
     """Those sizes, which nobody times. Returns whether one failed."""
-    right = []
+    right: list[str] = []
+    declined: list[str] = []
     for at, point in enumerate(points):
         dtype = dtype_name(point.dtype)
         where = f"{point.op}, {point.case}, {dtype}"
         yield Doing(done + at, total, point.op, point.case, dtype, CANDIDATE)
-        with contextlib.suppress(NotImplementedError):
+        try:
             failure = check_timed(candidate.function, _drawn(point, device), where)
-            failure = _left(candidate, where) or failure
-            if failure is not None:
-                yield failure
-                return True
-            right.append(point.case)
-    if right:
-        others = f" and {len(right) - 1} more" * (len(right) > 1)
-        yield Note(f"Right at odd sizes as large as the timed ones: {right[0]}{others}.")
+        except NotImplementedError:
+            declined.append(point.case)
+            continue
+        failure = _left(candidate, where) or failure
+        if failure is not None:
+            yield failure
+            return True
+        right.append(point.case)
+    for words, cases in (("Right", right), ("Not taken by the candidate", declined)):
+        if cases:
+            others = f" and {len(cases) - 1} more" * (len(cases) > 1)
+            yield Note(f"{words} at odd sizes as large as the timed ones: {cases[0]}{others}.")
     return False
 
 
