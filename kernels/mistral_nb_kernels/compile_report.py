@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import gc
 import multiprocessing
 import os
 import re
@@ -65,7 +66,7 @@ def report(rows: tuple[Row, ...] | None = None, workers: int | None = None) -> l
     """
     rows = read() if rows is None else rows
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count() or 1, context, _seldom_collect) as pool:
         built = [each for launched in pool.map(_compile_row, rows) for each in launched]
         places: dict[int, list[int]] = {}
         for place, each in enumerate(built):
@@ -74,6 +75,12 @@ def report(rows: tuple[Row, ...] | None = None, workers: int | None = None) -> l
         found = zip(places.values(), pool.map(_read, batches), strict=True)
         compiled = {place: x for those, read_ones in found for place, x in zip(those, read_ones, strict=True)}
     return [compiled[place] for place in range(len(built))]
+
+
+def _seldom_collect() -> None:
+    """Triton makes a kernel of many small objects: looking for garbage among them takes a tenth of compiling it."""
+    gc.freeze()
+    gc.set_threshold(500_000, 20, 100)
 
 
 @dataclass(frozen=True, slots=True)
