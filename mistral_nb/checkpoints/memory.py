@@ -258,7 +258,7 @@ def _activations(args: ModelArgs, chunk: int, size: int) -> int:
     """At the widest of a chunk's steps, the attention or the MLP, beside the residual; and a batch's logits in fp32."""
     attention = 3 * (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
     mlp = 4 * args.hidden_dim
-    return chunk * (max(attention, mlp) + 4 * args.dim) * size + 3 * _BATCH * args.vocab_size * 4
+    return chunk * (max(attention, mlp) + 4 * args.dim) * size + 2 * _BATCH * args.vocab_size * 4
 
 
 def _inputs(args: ModelArgs) -> tuple[int, ...]:
