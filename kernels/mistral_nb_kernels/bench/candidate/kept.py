@@ -55,8 +55,8 @@ def check_again(
 
     So a candidate that keeps a result by the shape, the address or the identity of what it is given is found out: its
     numbers are those of before. By the numbers themselves it may keep them, too: then it takes longer on such as it has
-    not seen. `replayed` gives the graph of a call, if
-    that is what was timed, and it is held against the reference first.
+    not seen. `replayed` gives the graph of a call, if that is what was timed, and it is held against the reference
+    first.
     """
     where = f"{timed.op}, {label}, with other numbers in"
     graph, other, new = replayed(timed.call(function)), make(), make()
