@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mistral_nb_kernels import reference
 from mistral_nb_kernels.configs import Config, config_for
-from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Lora, LoraRows, Norm, Weight
+from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Int8Cpu, Lora, LoraRows, Norm, Weight
 from mistral_nb_kernels.paged import PAGE, PagedKV, Rows
 from mistral_nb_kernels.parameters import Parameters, Penalties
 
@@ -34,6 +34,7 @@ __all__ = [
     "Dense",
     "Int4",
     "Int8",
+    "Int8Cpu",
     "Lora",
     "LoraRows",
     "Norm",
@@ -179,7 +180,7 @@ def choose(device: torch.device, head_dim: int, dtype: torch.dtype, asked: Asked
     around = {choice.op: choice.config for choice in choices if choice.op in AROUND}
     bound = {choice.op: _bound(choice, arch, around) for choice in choices}
     by_weight = {kind: bound.pop(op) for op, kind in WEIGHTS.items()}
-    linear = _by_weight({**by_weight, Int4Cpu: reference.linear})
+    linear = _by_weight({**by_weight, Int4Cpu: reference.linear, Int8Cpu: reference.linear})
     return Ops(**bound, linear=linear, choices=choices)
 
 

@@ -45,7 +45,7 @@ from torch import Tensor
 from mistral_nb_kernels.configs import Config
 from mistral_nb_kernels.dequantize import dequantize_rows
 from mistral_nb_kernels.lora import lora_expand, tile_of
-from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, LoraRows, Norm, Weight
+from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Int8Cpu, LoraRows, Norm, Weight
 from mistral_nb_kernels.products import by_dots, by_sums
 from mistral_nb_kernels.rms_norm import rms_norm
 from mistral_nb_kernels.swiglu import swiglu
@@ -202,7 +202,7 @@ def linear(
 ) -> Tensor:
     """x [n, in] -> [n, out], gated [n, out / 2]; `dot`: by mma, for 16-bit x on sm_80 or later."""
     n, outputs = len(x), weight.shape[0] // (1 + gated)
-    assert not isinstance(weight, Int4Cpu)
+    assert not isinstance(weight, Int4Cpu | Int8Cpu)
     assert x.shape[1] == weight.shape[1]
     assert x.stride(-1) == 1
     assert outputs * (1 + gated) == weight.shape[0]

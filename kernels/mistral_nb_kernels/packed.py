@@ -22,6 +22,7 @@ __all__ = [
     "Int4",
     "Int4Cpu",
     "Int8",
+    "Int8Cpu",
     "Lora",
     "LoraRows",
     "Norm",
@@ -57,6 +58,27 @@ class Int8:
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Cpu:
+    """weight = values * scale, as oneDNN's product on the CPU takes it: made by `reference.blocked_int8`.
+
+    blocked: the values, int8, transposed to [in, out] and in an order of oneDNN's own, which no other op of torch's
+    reads; scale [out] fp32.
+    """
+
+    blocked: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.blocked.shape[1], self.blocked.shape[0]))
+
+    @property
+    def plain(self) -> Int8:
+        """A copy of it in the order of rows."""
+        return Int8(self.blocked.to_dense().t().contiguous(), self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +133,7 @@ class Int4Cpu:
         return torch.Size((self.packed.shape[0], 2 * self.packed.shape[1]))
 
 
-Weight: TypeAlias = Dense | Int8 | Int4 | Int4Cpu
+Weight: TypeAlias = Dense | Int8 | Int8Cpu | Int4 | Int4Cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +209,8 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     if isinstance(weight, Dense):
         return weight.weight.to(dtype)
+    if isinstance(weight, Int8Cpu):
+        weight = weight.plain
     if isinstance(weight, Int8):
         return (weight.values.to(wide) * weight.scale.to(wide)[:, None]).to(dtype)
     if isinstance(weight, Int4Cpu):

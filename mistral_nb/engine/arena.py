@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -42,15 +42,17 @@ class Arena:
         """
         if self._device.type == "cuda":
             return torch.empty(tuple(shape), dtype=dtype, device=self._device)
-        try:
+        with _memory():
             if self._device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
                 return torch.empty(tuple(shape), dtype=dtype, device=self._device)
             return self._cut(math.prod(shape), dtype).view(tuple(shape))
-        except (OSError, MemoryError, RuntimeError) as error:  # torch raises the last
-            first = str(error).partition("\n")[0]
-            raise ModelError(
-                f"there is no memory for the model's weights ({first}); free some, or choose a smaller precision"
-            ) from error
+
+    def passing(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """As `tensor`; on the CPU its memory is given back with itself."""
+        if self._device.type != "cpu":
+            return self.tensor(shape, dtype)
+        with _memory():
+            return pages(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     def _cut(self, count: int, dtype: torch.dtype) -> Tensor:
         size = count * dtype.itemsize
@@ -60,6 +62,18 @@ class Arena:
         tensor = torch.frombuffer(self._region, dtype=dtype, count=count, offset=self._used)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return tensor
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Around what asks the system for it: `ModelError` where it has none."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:  # torch raises the last
+        first = str(error).partition("\n")[0]
+        raise ModelError(
+            f"there is no memory for the model's weights ({first}); free some, or choose a smaller precision"
+        ) from error
 
 
 def pages(size: int) -> Tensor:

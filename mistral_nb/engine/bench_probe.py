@@ -194,7 +194,7 @@ def traffic(engine: Engine) -> tuple[int, int]:
     """Bytes that a decoding step reads: of weights, of which the embeddings are one row, and of each token's KV."""
     model = engine._runner._model  # type: ignore[attr-defined]
     args, weights = model.args, model.weights
-    read = {each.data_ptr(): each for each in _tensors((weights.layers, weights.norm, weights.output))}
+    read = {id(each): each for each in _tensors((weights.layers, weights.norm, weights.output))}
     kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * model.dtype.itemsize
     return sum(each.numel() * each.itemsize for each in read.values()) + args.dim * model.dtype.itemsize, kv
 

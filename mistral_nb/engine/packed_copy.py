@@ -35,7 +35,7 @@ from mistral_nb.engine.device import device_kind, side_stream
 from mistral_nb.engine.model import Weights
 from mistral_nb.engine.reading import DTYPES, ReadError
 from mistral_nb.errors import ModelError
-from mistral_nb_kernels.packed import Dense, Weight
+from mistral_nb_kernels.packed import Dense, Int8Cpu, Weight
 
 __all__ = ["CopyFolder", "CopyWriter", "PackedCopy", "copy_folder", "packed_tensors"]
 
@@ -92,6 +92,8 @@ def packed_tensors(key: str, matrix: Weight) -> list[tuple[str, Tensor]]:
     """The tensors of a matrix by their names in a copy; none for one that was not converted."""
     if isinstance(matrix, Dense):
         return []
+    if isinstance(matrix, Int8Cpu):
+        matrix = matrix.plain
     parts = ((f"{key}.{field.name}", getattr(matrix, field.name)) for field in fields(matrix))
     return [(name, part) for name, part in parts if isinstance(part, Tensor)]
 

@@ -15,7 +15,7 @@ from mistral_nb.checkpoints.untrusted import open_file, readable
 from mistral_nb.engine.arena import pages
 from mistral_nb.engine.reading import DTYPES
 from mistral_nb_kernels import reference as ops
-from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Weight, quantize_int4
+from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Int8Cpu, Weight, quantize_int4
 
 __all__ = ["Put", "Quantiser", "four_bit_blocks", "rows_into"]
 
@@ -52,6 +52,8 @@ class Quantiser:
                 return lambda first, rows: self._int4_cpu(place, first, rows)
             case Int4():
                 return lambda first, rows: _int4(place, first, rows)
+            case Int8Cpu():
+                raise AssertionError("made of a whole Int8")
 
     def _int8(self, place: Int8, first: int, rows: Tensor) -> None:
         quotients = self._fp32.copy(rows).view(-1, rows.shape[-1])

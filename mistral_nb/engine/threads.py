@@ -18,6 +18,10 @@ SOONEST, LATEST = 8, 512
 """Windows until the other number is tried again: at first, and after it has lost again and again."""
 SLOWER = 1.25
 """How much slower than the other number ever was makes it be tried at once."""
+LOST = 2
+"""So many steps of a trial that are slower than the other number's end it: of eight sequences one takes half as long
+again on one core.
+"""
 HELD_UP = 3
 """How much slower than usual a step is that waits for others: the first one ends a trial, two in a row begin one."""
 
@@ -80,13 +84,14 @@ class DecodeThreads:
             self._begin_trial()
             return
         self._window.append(seconds)
-        if len(self._window) < WINDOW:
+        other = self._times[1 - self._now]
+        lost = self._trying and sum(step > other for step in self._window) == LOST
+        if len(self._window) < WINDOW and not lost:
             return
         mine = self._times[self._now] = statistics.median(self._window)
         self._window.clear()
-        other = self._times[1 - self._now]
         if self._trying:
-            self._end_trial(won=mine < other)
+            self._end_trial(won=not lost and mine < other)
             return
         self._left -= 1
         if self._left <= 0 or mine > SLOWER * other:

@@ -20,7 +20,8 @@ from mistral_nb.engine.packed_copy import PackedCopy, packed_tensors
 from mistral_nb.engine.quantise import Put, Quantiser, rows_into
 from mistral_nb.engine.random_weights import is_random, make_parts
 from mistral_nb.engine.reading import DTYPES, Part, ReadError, read_parts
-from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Norm, Weight
+from mistral_nb_kernels import reference
+from mistral_nb_kernels.packed import Dense, Int4, Int4Cpu, Int8, Int8Cpu, Norm, Weight
 
 __all__ = ["let_go", "load_weights"]
 
@@ -99,7 +100,7 @@ def _load(
     plan = _Plan(checkpoint, precision, device, packed_copy)
     layers = tuple(plan.layer(f"layers.{index}.") for index in range(checkpoint.args.n_layers))
     embeddings, output = plan.embeddings_and_output()
-    weights = Weights(embeddings, layers, plan.norm("norm.weight"), output)
+    norm = plan.norm("norm.weight")
     read = make_parts if is_random(checkpoint) else read_parts
     read(plan.parts, progress, threads=threads, device=device)
     checkpoint.check_unchanged()
@@ -107,7 +108,12 @@ def _load(
     size = sum(part.info.end - part.info.start for part in plan.parts) / 1e9
     source = f" out of {packed_copy.path}" if packed_copy else ""
     log.info("read %.2f GB in %.2f s (%.1f GB/s), as %s%s", size, seconds, size / seconds, precision, source)
-    return weights
+    return Weights(embeddings, layers, norm, _for_steps(output, device))
+
+
+def _for_steps(output: Weight, device: torch.device) -> Weight:
+    """The head in the order that decoding reads quickest. Until the plan goes it is there twice."""
+    return reference.blocked_int8(output) if isinstance(output, Int8) and device.type == "cpu" else output
 
 
 class _Plan:
@@ -152,7 +158,7 @@ class _Plan:
         if self._precision not in ("int8", "int4"):
             self._read(info, embeddings)
             return embeddings.weight, embeddings
-        output = self._place(info.shape, "int8")
+        output = self._head(info.shape)
         if self._copied("output", output):
             self._read(info, embeddings)
             return embeddings.weight, output
@@ -169,7 +175,8 @@ class _Plan:
         """The tensors of these names, one below the other; the model's matrix `key`."""
         infos = [self._checkpoint.tensors[name] for name in names]
         shape = sum(info.shape[0] for info in infos), infos[0].shape[1]
-        matrix = self._place(shape, "int8" if key == "output" and self._precision == "int4" else self._precision)
+        quantised = self._precision in ("int8", "int4")
+        matrix = self._head(shape) if key == "output" and quantised else self._place(shape, self._precision)
         if self._copied(key, matrix):
             return matrix
         start = 0
@@ -193,6 +200,11 @@ class _Plan:
         if self._device.type == "cpu":
             return Int4Cpu(packed, self._arena.tensor(pairs, torch.bfloat16), self._group)
         return Int4(packed, self._arena.tensor(pairs, torch.float16), self._group)
+
+    def _head(self, shape: tuple[int, ...]) -> Weight:
+        """A place in int8. On the CPU it is put into another order before steps read it."""
+        values = self._arena.passing(shape, torch.int8)
+        return Int8(values, self._arena.tensor(shape[:1], torch.float32))
 
     def _copied(self, key: str, place: Weight) -> bool:
         """Whether the packed copy, if there is one, has this matrix: then its tensors are read as they are."""
@@ -227,6 +239,8 @@ def _part(place: Weight, rows: slice) -> Weight:
             return Int4Cpu(packed[rows], affine[:, rows], group)
         case Int4(packed, affine, group):
             return Int4(packed[rows], affine[:, rows], group)
+        case Int8Cpu():
+            raise AssertionError("made of a whole Int8")
 
 
 def _half_split(put: Put, head_dim: int) -> Put:

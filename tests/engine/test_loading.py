@@ -29,6 +29,7 @@ from mistral_nb.engine.model import Weights
 from mistral_nb.engine.reading import Part, read_parts
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ConfigurationError, ModelError
+from mistral_nb_kernels import Int8Cpu
 from mistral_nb_kernels import reference as ops
 from tests.checkpoints.tiny import hugging_face, sharded
 from tests.engine.sparse_checkpoint import BYTES_A_LAYER, memory_to_exceed, sparse_checkpoint
@@ -60,7 +61,8 @@ def test_a_loading_takes_little_more_than_the_weights(two_gigabytes: Path, preci
     command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
     found = json.loads(done.stdout)
-    assert found["peak"] - found["before"] < weights + BESIDE, found
+    head = checkpoint.args.vocab_size * checkpoint.args.dim if precision in ("int8", "int4") else 0
+    assert found["peak"] - found["before"] < weights + head + BESIDE, f"{found}: the head is put into another order"
     assert found["after"] - found["before"] < weights + KEPT, found
     if precision == "bf16" and torch.version.cuda is None:
         assert found["peak"] < checkpoint.bytes + WITH_TORCH, found
@@ -84,6 +86,7 @@ def test_int8_does_not_depend_on_the_blocks_that_it_is_made_of(embedded: Path) -
     }
     for name, stacked in parts.items():
         matrix = weights.output if name == "output" else getattr(weights.layers[7], name)
+        matrix = matrix.plain if isinstance(matrix, Int8Cpu) else matrix
         values, scale = ops.quantize_int8(torch.cat([tensors[f"{part}.weight"] for part in stacked]).float())
         assert torch.equal(matrix.values, values), name
         assert torch.equal(matrix.scale, scale), name

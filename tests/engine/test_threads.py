@@ -46,6 +46,14 @@ def test_of_a_busy_machine_many_take_ever_fewer_steps() -> None:
     assert 0 < later.count(2) <= 14
 
 
+def test_a_trial_that_is_lost_is_short() -> None:
+    threads, seconds = DecodeThreads(1, 2), {1: 0.045, 2: 0.028}
+    run(threads, 3 * WINDOW, seconds.__getitem__)
+    assert threads.count == 2
+    counts = run(threads, 4 * WINDOW * SOONEST, seconds.__getitem__)
+    assert 0 < counts.count(1) <= 2 * 2
+
+
 def test_a_machine_that_becomes_busy_is_seen_within_two_steps_and_so_is_its_end() -> None:
     threads = DecodeThreads(1, 2)
     run(threads, 8 * WINDOW * SOONEST + 3, FREE.__getitem__)

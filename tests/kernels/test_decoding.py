@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_nb_kernels import PagedKV, reference
@@ -91,6 +92,10 @@ def test_where_the_keys_lie_makes_no_difference(step: Step) -> None:
     expected = step(range(ROWS), kv)
     for page in (16, 64):
         assert torch.equal(step(range(ROWS), paged(kv, page)), expected)
+    apart = PagedKV(*(F.pad(each, (0, 8))[..., :D] for each in (kv.k, kv.v)), kv.table)
+    assert apart.k.stride(-2) % D
+    assert torch.equal(step(range(ROWS), apart), expected)
+    assert torch.equal(apart.k, kv.k)
 
 
 @pytest.mark.parametrize("window", [None, 100, 600])
@@ -120,6 +125,6 @@ def test_steps_of_one_length_are_read_in_one_call_where_their_pages_are_neighbou
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     data = torch.zeros(9, HKV, 512, D)
     table = torch.tensor([2, 0, 1, 3, 5, 6, 8], dtype=torch.int32)[:, None]
-    lengths = torch.tensor([70, 100, 128, 65, 90, 300, 310], dtype=torch.int32)
+    lengths = torch.tensor([97, 100, 128, 120, 110, 300, 310], dtype=torch.int32)
     reference.decode_attention(torch.zeros(7, HKV * GROUP, D), lengths, PagedKV(data, data, table))
     assert sorted(calls) == [1, 1, 1, 4]

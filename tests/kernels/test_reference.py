@@ -14,7 +14,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mistral_nb_kernels import reference as ops
+from mistral_nb_kernels.packed import Int8, Int8Cpu, dequantize
 from mistral_nb_kernels.reference.attention import _shares_heads
+from mistral_nb_kernels.reference.linear import _sums_are_exact
 
 ROWS = (1, 2, 3, 5, 8, 17, 64)
 
@@ -153,6 +155,49 @@ def test_linear_int8_takes_rows_that_lie_apart() -> None:
         assert torch.equal(ops.linear_int8(apart, weight, scale), expected)
 
 
+@pytest.fixture
+def exact_products() -> None:
+    if not _sums_are_exact():
+        pytest.skip("oneDNN adds products of int8 up in 16 bits on this processor")
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("outputs", [1, 40, 960])
+@pytest.mark.parametrize("inputs", [32, 96, 576, 14336])
+@pytest.mark.parametrize("n", [0, 1, 2, 9])
+def test_linear_int8_cpu_is_the_product(n: int, inputs: int, outputs: int) -> None:
+    x = torch.randn(n, inputs) * torch.logspace(-3, 2, n)[:, None]
+    weight = Int8(*ops.quantize_int8(torch.randn(outputs, inputs)))
+    blocked = ops.blocked_int8(weight)
+    assert isinstance(blocked, Int8Cpu)
+    assert blocked.shape == weight.shape
+    assert torch.equal(blocked.plain.values, weight.values)
+    exact = dequantize(weight, torch.float64)
+    assert torch.equal(dequantize(blocked, torch.float64), exact)
+    # half a step of the second of two int8 numbers, of which each row's largest is 127 * 254 steps
+    allowed = (0.51 / (127 * 254) * x.double().abs().amax(1, keepdim=True)) * exact.abs().sum(1) + 1e-30
+    got = ops.linear_int8_cpu(x, blocked)
+    expected = x.double() @ exact.t()
+    assert got.dtype == torch.float32
+    assert ((got - expected).abs() <= allowed + 3e-7 * x.double().abs() @ exact.abs().t()).all()
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_linear_int8_cpu_of_numbers_at_their_limits() -> None:
+    """The largest sums there can be are whole; zeros, the smallest numbers and none at all stay in their rows."""
+    signs = torch.where(torch.rand(64, 14336) < 0.5, -1.0, 1.0)
+    blocked = ops.blocked_int8(Int8(*ops.quantize_int8(signs)))
+    assert isinstance(blocked, Int8Cpu)
+    x = torch.stack((signs[3], -signs[3], torch.zeros(14336), torch.full((14336,), 1e-42), signs[5] * torch.nan))
+    got = ops.linear_int8_cpu(x, blocked)
+    assert got[0, 3].item() == pytest.approx(14336, rel=1e-6)
+    assert got[1, 3].item() == pytest.approx(-14336, rel=1e-6)
+    assert (got[2] == 0).all()
+    assert got[3].abs().max() < 1e-30
+    assert got[4].isnan().all()
+    assert got[:4].isfinite().all()
+
+
 def test_quantize_int8_keeps_within_half_a_step() -> None:
     x = torch.randn(40, 96)
     x[3] = 0
@@ -171,9 +216,11 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     threads = torch.get_num_threads()
     weight, scale = ops.quantize_int8(torch.randn(960, 576))
     norm = torch.rand(576)
+    head = ops.blocked_int8(Int8(weight, scale))
     cos, sin = ops.rope_table(200, 64, 1e4)
     cases = {
         "linear_int8": (torch.randn(200, 576), lambda x: ops.linear_int8(x, weight, scale)),
+        "linear of the head": (torch.randn(200, 576), lambda x: ops.linear(x, head)),
         "rms_norm": (torch.randn(200, 576), lambda x: ops.rms_norm(x, norm, 1e-5)),
         "swiglu": (torch.randn(200, 3072), ops.swiglu),
         "swiglu of Mistral-7B": (torch.randn(70, 2 * 14336), ops.swiglu),

@@ -16,7 +16,14 @@ from mistral_nb_kernels.reference.attention import (
 )
 from mistral_nb_kernels.reference.decode_attention import Decoding, decode_attention, rope_decode_attention
 from mistral_nb_kernels.reference.layers import add_rms_norm, embedding, rms_norm, swiglu
-from mistral_nb_kernels.reference.linear import linear, linear_int4_cpu, linear_int8, quantize_int8
+from mistral_nb_kernels.reference.linear import (
+    blocked_int8,
+    linear,
+    linear_int4_cpu,
+    linear_int8,
+    linear_int8_cpu,
+    quantize_int8,
+)
 from mistral_nb_kernels.reference.lora import Adapting, lora_expand, lora_shrink
 from mistral_nb_kernels.reference.sampling import philox, sample, sample_row, uniform
 
@@ -26,11 +33,13 @@ __all__ = [
     "RopeScaling",
     "add_rms_norm",
     "attention",
+    "blocked_int8",
     "decode_attention",
     "embedding",
     "linear",
     "linear_int4_cpu",
     "linear_int8",
+    "linear_int8_cpu",
     "lora_expand",
     "lora_shrink",
     "philox",
