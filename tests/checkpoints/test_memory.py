@@ -62,8 +62,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def allocated(value: Any) -> int:
-    """Bytes of the storages under a value, each counted once however many tensors share it."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_in(value)}
+    """Bytes of the storages under a value, each counted once however many tensors share it.
+
+    What oneDNN has ordered tells of no storage: it is counted by its numbers.
+    """
+    storages = {}
+    for tensor in tensors_in(value):
+        if tensor.is_mkldnn:
+            storages[id(tensor)] = tensor.numel() * tensor.element_size()
+        else:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     assert storages
     return sum(storages.values())
 

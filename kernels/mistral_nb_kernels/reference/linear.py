@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_nb_kernels.packed import Int4Cpu, Int8, Int8Cpu, Lora, LoraRows, Norm, Weight, dequantize
-from mistral_nb_kernels.reference.layers import in_type, rms_norm, swiglu, wider
+from mistral_nb_kernels.reference.layers import in_type, one_thread, rms_norm, swiglu, wider
 from mistral_nb_kernels.reference.lora import Adapting, lora_expand
 
 __all__ = ["blocked_int8", "linear", "linear_int4_cpu", "linear_int8", "linear_int8_cpu", "quantize_int8"]
@@ -139,7 +137,7 @@ def blocked_int8(weight: Int8) -> Int8 | Int8Cpu:
     """
     if not _sums_are_exact():
         return weight
-    with _one_thread():
+    with one_thread():
         return Int8Cpu(torch.ops.onednn.qlinear_prepack(weight.values.contiguous(), None), weight.scale)
 
 
@@ -155,21 +153,11 @@ def _sums_are_exact() -> bool:
     values[::2] = -INT8_MAX
     x = torch.full((2, 64), float(INT8_MAX))
     try:
-        with _one_thread():
+        with one_thread():
             found = _exact_product(x.clone(), torch.ops.onednn.qlinear_prepack(values, None), torch.ones(64))
             return torch.equal(found, x @ values.t().float())
     except (AttributeError, RuntimeError):  # a torch without oneDNN
         return False
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mistral_nb_kernels.packed import Lora, Norm
-from mistral_nb_kernels.reference.layers import in_type, rms_norm, wider
+from mistral_nb_kernels.reference.layers import in_type, one_thread, rms_norm, wider
 
 __all__ = ["Adapting", "lora_expand", "lora_shrink"]
 
@@ -140,16 +139,6 @@ def lora_expand(shrunk: Tensor, lora: Lora, slots: Tensor, y: Tensor) -> Tensor:
     return Adapting(slots).expand(shrunk, lora, y)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(usual)
-
-
 def _sums(x: Tensor, weights: Tensor) -> Tensor:
     """x [n, in] @ weights^T, [1, out, in] for all rows or [n, out, in] of each -> [n, out].
 
@@ -175,5 +164,5 @@ def _product(x: Tensor, weights: Tensor) -> Tensor:
         return torch.bmm(x[:, None], weights.expand(len(x), -1, -1))[:, 0]
     if x.device.type != "cpu":
         return x @ weights[0]
-    with _one_thread():
+    with one_thread():
         return x @ weights[0]
