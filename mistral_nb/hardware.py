@@ -7,6 +7,7 @@ workers that use it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import re
@@ -23,6 +24,7 @@ __all__ = [
     "available_cpus",
     "compute_capability",
     "control_groups",
+    "cpu_flags",
     "gpu_memories",
     "host_memory",
     "nvidia_gpus",
@@ -138,6 +140,18 @@ def resident_memory(proc: Path = PROC) -> int | None:
         return int((proc / "self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, ValueError, IndexError, AttributeError):
         return None
+
+
+@functools.cache
+def cpu_flags(proc: Path = PROC) -> frozenset[str]:
+    """What the first CPU says it can do, in Linux's words, such as "avx512_bf16"; nothing where the system does not
+    tell.
+    """
+    try:
+        lines = (proc / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
 def available_cpus(proc: Path = PROC) -> int:

@@ -51,7 +51,11 @@ LAYERS = (
         ),
         others=("torch", "triton", "safetensors", "tokenizers", "numpy"),
     ),
-    Layer("mistral_nb.checkpoints", own=("mistral_nb.checkpoints", "mistral_nb.types", "mistral_nb.errors"), others=()),
+    Layer(
+        "mistral_nb.checkpoints",
+        own=("mistral_nb.checkpoints", "mistral_nb.hardware", "mistral_nb.types", "mistral_nb.errors"),
+        others=(),
+    ),
     Layer(
         "mistral_nb.server",
         own=("mistral_nb",),

@@ -162,7 +162,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU with a GPU's runner and its pages."""
 
     def runner(model: Transformer, pool: KVPool, threads: int, adapters: AdapterSlots) -> GraphRunner:
-        pages = KVPool(model.args, len(pool.table), pool.tokens, model.dtype, model.device, PAGE)
+        pages = KVPool(model.args, len(pool.table), pool.tokens, model.kv_dtype, model.device, PAGE)
         return GraphRunner(model, pages, adapters)
 
     monkeypatch.setattr(gpu, "DEVICE", "cpu")

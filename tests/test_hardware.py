@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_nb.hardware import Memory, available_cpus, gpu_memories, host_memory, nvidia_gpus
+from mistral_nb.hardware import Memory, available_cpus, cpu_flags, gpu_memories, host_memory, nvidia_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1 << 30
@@ -42,6 +42,15 @@ def host(tmp_path: Path, group: str = V2.format("/"), root: str = "/", **files: 
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
     return host_memory(tmp_path)
+
+
+def test_the_flags_of_the_first_cpu(tmp_path: Path) -> None:
+    cpu = "processor\t: {}\nvendor_id\t: A\nflags\t\t: fpu {}\nvmx flags\t: other\n\n"
+    (tmp_path / "cpuinfo").write_text(cpu.format(0, "avx2 avx512_bf16") + cpu.format(1, "avx2"))
+    assert cpu_flags(tmp_path) == {"fpu", "avx2", "avx512_bf16"}
+    (tmp_path / "arm").mkdir()
+    (tmp_path / "arm" / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert cpu_flags(tmp_path / "arm") == cpu_flags(tmp_path / "none") == frozenset()
 
 
 def test_page_cache_is_free(tmp_path: Path) -> None:

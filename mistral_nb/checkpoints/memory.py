@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from mistral_nb.checkpoints.args import ModelArgs
 from mistral_nb.errors import ModelError
+from mistral_nb.hardware import cpu_flags
 
 __all__ = [
     "CHUNKS",
@@ -25,6 +26,7 @@ __all__ = [
     "ran_out",
     "runs",
     "select",
+    "short_kv",
 ]
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
@@ -33,7 +35,7 @@ Device = Literal["cpu", "cuda"]
 _SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a value; what is no matrix has those of the activations."""
 _PACKED: dict[Device, int] = {"cpu": 4, "cuda": 2}
-"""Bytes of an activation, embedding, norm or KV value beside matrices in int8 and int4."""
+"""Bytes of an activation, embedding or norm beside matrices in int8 and int4."""
 _PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _LIBRARIES: dict[Device, int] = {"cpu": 40_000_000, "cuda": 300_000_000}
 CONTEXT: dict[Device, int] = {"cpu": 0, "cuda": 300_000_000}
@@ -90,12 +92,22 @@ def estimate(args: ModelArgs, precision: Precision, context: int, device: Device
     graphs and matrices that are unpacked for a prompt.
     """
     size = _SIZES.get(precision, _PACKED[device])
-    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * size
+    short = precision not in _SIZES and (device == "cuda" or short_kv(args))
+    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * (2 if short else size)
     workspace = _LIBRARIES[device] + _activations(args, CHUNKS[device], size) + 2 * context * args.head_dim * 4
     if device == "cpu":
         seen = context if args.sliding_window is None else min(context, args.sliding_window + CHUNKS[device])
         workspace += CHUNKS[device] * seen * _MASK
     return Estimate(_weights(args, precision, device), kv, workspace)
+
+
+def short_kv(args: ModelArgs) -> bool:
+    """Whether keys and values beside int8 and int4 on this machine's CPU are bf16, not fp32.
+
+    They are where it multiplies bf16 by AVX512_BF16, and the model has KV heads enough. With one torch divides a
+    sequence's keys among three threads or more, which rounds differently; nor is it known how AMX sums.
+    """
+    return args.n_kv_heads > 1 and "avx512_bf16" in (flags := cpu_flags()) and "amx_bf16" not in flags
 
 
 def choices_that_fit(args: ModelArgs, free: int, device: Device) -> list[Choice]:

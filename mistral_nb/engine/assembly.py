@@ -82,7 +82,7 @@ def _runner(args: ModelArgs, weights: Weights, ops: Ops, plan: Plan) -> Runner:
     model, precision = Transformer(args, weights, ops), plan.chosen.precision
     device, places = model.device, plan.max_batch
     tokens = kv_tokens(args, precision, device_kind(device), places, free_memory(device))
-    pool = KVPool(args, places, tokens, model.dtype, device)
+    pool = KVPool(args, places, tokens, model.kv_dtype, device)
     adapters = AdapterSlots(args, model.dtype, device, slots=max(SLOTS, places), rank=plan.lora_rank)
     if device.type == "cpu":
         keep_freed_memory()

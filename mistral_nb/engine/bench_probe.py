@@ -195,7 +195,7 @@ def traffic(engine: Engine) -> tuple[int, int]:
     model = engine._runner._model  # type: ignore[attr-defined]
     args, weights = model.args, model.weights
     read = {id(each): each for each in _tensors((weights.layers, weights.norm, weights.output))}
-    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * model.dtype.itemsize
+    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * model.kv_dtype.itemsize
     return sum(each.numel() * each.itemsize for each in read.values()) + args.dim * model.dtype.itemsize, kv
 
 

@@ -74,7 +74,7 @@ def choose_precision(
 
 
 def plain_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Of embeddings, norms, activations, keys and values, and of matrices where they are not int8 or int4."""
+    """Of embeddings, norms and activations, and of matrices where they are not int8 or int4."""
     if precision in _PLAIN:
         return _PLAIN[precision]
     return torch.float32 if device.type == "cpu" else _PLAIN[_half(device)]

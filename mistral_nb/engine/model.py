@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mistral_nb.checkpoints.args import ModelArgs
-from mistral_nb_kernels import Lora, LoraRows, Norm, Ops, PagedKV, Rows, Weight, reference
+from mistral_nb.checkpoints.memory import short_kv
+from mistral_nb_kernels import Dense, Lora, LoraRows, Norm, Ops, PagedKV, Rows, Weight, reference
 
 __all__ = ["AdapterRows", "Cancelled", "Layer", "LayerAdapters", "Transformer", "Weights"]
 
@@ -70,7 +71,11 @@ class Cancelled(Exception):
 
 
 class Transformer:
-    """Runs rows through the layers and writes their keys and values."""
+    """Runs rows through the layers and writes their keys and values, which are of `kv_dtype`.
+
+    That is the activations' type, `dtype`, but bf16 beside int8 and int4 on a CPU that multiplies it: activations are
+    rounded to it for those products anyway.
+    """
 
     def __init__(self, args: ModelArgs, weights: Weights, ops: Ops) -> None:
         self.args = args
@@ -78,6 +83,10 @@ class Transformer:
         self.ops = ops
         self.device = weights.tok_embeddings.device
         self.dtype = weights.tok_embeddings.dtype
+        packed = not isinstance(weights.layers[0].wqkv, Dense)
+        torchs = ops.rope_decode_attention is reference.rope_decode_attention
+        short = packed and torchs and self.device.type == "cpu" and short_kv(args)
+        self.kv_dtype = torch.bfloat16 if short else self.dtype
         scaling = None if args.rope_scaling is None else reference.RopeScaling(**asdict(args.rope_scaling))
         self._cos, self._sin = reference.rope_table(args.context, args.head_dim, args.rope_theta, self.device, scaling)
 
@@ -153,6 +162,11 @@ class Transformer:
 
     def _prefill(self, qkv: Tensor, rows: Rows, kv: PagedKV) -> Tensor:
         q, k, v = self._heads(qkv)
+        if self.kv_dtype != self.dtype:
+            attended = reference.rope_prefill_attention(
+                q, k, v, self._cos, self._sin, rows, kv, self.args.sliding_window
+            )
+            return attended.flatten(1)
         q = self.ops.rope_write(q, k, v, self._cos, self._sin, rows, kv)
         return self.ops.prefill_attention(q, rows, kv, self.args.sliding_window).flatten(1)
 

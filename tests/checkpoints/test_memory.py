@@ -16,15 +16,27 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from mistral_nb.checkpoints import ModelArgs, check_fits, choices_that_fit, estimate, open_checkpoint
-from mistral_nb.checkpoints.memory import CHUNKS, Precision, Selection, int4_group, ran_out, runs, select
+from mistral_nb.checkpoints import ModelArgs, check_fits, choices_that_fit, estimate, memory, open_checkpoint
+from mistral_nb.checkpoints.memory import (
+    CHUNKS,
+    Precision,
+    Selection,
+    int4_group,
+    ran_out,
+    runs,
+    select,
+    short_kv,
+)
 from mistral_nb.engine.graphs import GraphRunner
 from mistral_nb.engine.kv_pool import KVPool
+from mistral_nb.engine.model import Transformer
 from mistral_nb.engine.runner import DirectRunner
 from mistral_nb.engine.weights import load_weights
 from mistral_nb.errors import ModelError
+from mistral_nb_kernels import choose
 from tests.checkpoints import tiny
 
+CPU = torch.device("cpu")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
 MISTRAL_7B = ModelArgs(4096, 32, 32, 8, 128, 14336, 32768, 1e-5, 1e6, 32768)
 SIZES: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 256}
@@ -78,11 +90,12 @@ def allocated(value: Any) -> int:
 
 def compare(folder: Path, precision: Precision) -> None:
     checkpoint = open_checkpoint(folder)
-    weights = load_weights(checkpoint, precision, torch.device("cpu"))
+    weights = load_weights(checkpoint, precision, CPU)
     expected = estimate(checkpoint.args, precision, 256, "cpu")
     assert allocated(weights) == expected.weights
     args = dataclasses.replace(checkpoint.args, context=256)
-    pool = KVPool(args, 1, 256, weights.tok_embeddings.dtype, torch.device("cpu"))
+    model = Transformer(args, weights, choose(CPU, args.head_dim, weights.tok_embeddings.dtype))
+    pool = KVPool(args, 1, 256, model.kv_dtype, CPU)
     assert pool._data[0].nbytes == expected.kv
 
 
@@ -101,6 +114,18 @@ def test_the_embedded_model(precision: Precision, embedded: Path) -> None:
 
 def test_the_chunk_is_the_engines() -> None:
     assert {"cpu": DirectRunner.chunk, "cuda": GraphRunner.chunk} == CHUNKS
+
+
+def test_what_keys_and_values_on_the_cpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 bits beside int8 and int4 where the CPU multiplies bf16, but with one KV head, or by AMX."""
+    alone = dataclasses.replace(MISTRAL_7B, n_kv_heads=1)
+    for flags, short in (("avx2", False), ("avx2 avx512_bf16", True), ("avx512_bf16 amx_bf16", False), ("", False)):
+        monkeypatch.setattr(memory, "cpu_flags", lambda found=flags: frozenset(found.split()))
+        for precision, size in (("fp32", 4), ("bf16", 2), ("int8", 2 if short else 4), ("int4", 2 if short else 4)):
+            found = estimate(MISTRAL_7B, precision, 1024, "cpu").kv  # type: ignore[arg-type]
+            assert found == 1024 * 65536 * size
+        assert estimate(alone, "int8", 1024, "cpu").kv == 1024 * 8192 * 4
+        assert estimate(alone, "int8", 1024, "cuda").kv == 1024 * 8192 * 2
 
 
 def test_mistral_7b() -> None:
@@ -188,7 +213,8 @@ def test_what_fits_and_what_does_not() -> None:
         "; what fits: --precision bf16 --context 8192 (16.0 GB) or --precision int8 --context 32768 (12.1 GB) or "
         "--precision int4 --context 32768 (9.0 GB)"
     )
-    with pytest.raises(ModelError, match=r"--precision int8 --context 8192 \(\d+\.\d GB\) or --precision int4"):
+    largest = 16384 if short_kv(MISTRAL_7B) else 8192
+    with pytest.raises(ModelError, match=rf"--precision int8 --context {largest} \(\d+\.\d GB\) or --precision int4"):
         check_fits(MISTRAL_7B, "fp32", 32768, "cpu", 10_500_000_000)
     with pytest.raises(ModelError, match="no precision fits with a context of 1024: free memory or choose a smaller"):
         check_fits(MISTRAL_7B, "int8", 32768, "cpu", 2_000_000_000)

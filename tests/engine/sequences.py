@@ -25,7 +25,7 @@ class Running:
     pool: KVPool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.pool = KVPool(self.model.args, 1, self.capacity, self.model.dtype, self.model.device)
+        self.pool = KVPool(self.model.args, 1, self.capacity, self.model.kv_dtype, self.model.device)
         assert self.pool.take(self.capacity) == 0
 
     def feed(self, tokens: Sequence[int], cancelled: Callable[[], bool] = lambda: False) -> Tensor:
@@ -49,7 +49,7 @@ def all_logits(model: Transformer, tokens: Sequence[int]) -> Tensor:
 
 def together(model: Transformer, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Logits [len(prompts), vocab] after the last token of each, in one forward."""
-    pool = KVPool(model.args, len(prompts), 1 << 20, model.dtype, model.device)
+    pool = KVPool(model.args, len(prompts), 1 << 20, model.kv_dtype, model.device)
     places = [pool.take(len(prompt)) or 0 for prompt in prompts]
     rows = Rows.of([len(prompt) for prompt in prompts], [len(prompt) for prompt in prompts])
     x = model.forward(torch.tensor([token for prompt in prompts for token in prompt]), rows, pool.of(places))

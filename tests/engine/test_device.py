@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mistral_nb.checkpoints import Checkpoint, ModelArgs, Precision, open_checkpoint
-from mistral_nb.checkpoints.memory import Selection
+from mistral_nb.checkpoints.memory import Selection, estimate
 from mistral_nb.engine import device as devices
 from mistral_nb.engine.device import (
     choose_device,
@@ -38,8 +38,9 @@ def test_choices_on_the_cpu(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPa
     odd = dataclasses.replace(checkpoint, args=dataclasses.replace(ARGS, hidden_dim=1000))
     assert choose_precision("auto", cpu, odd).precision == "bf16"
     assert choose_precision("fp32", cpu, checkpoint, 100) == Selection("fp32", 100)
-    monkeypatch.setattr(devices, "free_memory", lambda device: 16_000_000_000)
-    assert choose_precision("auto", cpu, checkpoint).why.startswith("int4, since int8 needs 16.")
+    need = estimate(checkpoint.args, "int8", 32768, "cpu").total
+    monkeypatch.setattr(devices, "free_memory", lambda device: need - 1)
+    assert choose_precision("auto", cpu, checkpoint).why.startswith(f"int4, since int8 needs {need / 1e9:.1f} GB")
     free = free_memory(cpu)
     assert free is None or free > 1 << 20
 

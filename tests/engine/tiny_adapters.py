@@ -114,7 +114,7 @@ def source(folder: Path) -> AdapterSource:
 
 def engine_of(base: Tiny, ahead: bool = False, tokens: int = PLACES * CONTEXT, **how: Any) -> Engine:
     """`ahead`: as on a GPU, in pages that grow; else as on the CPU. `how` is the slots'."""
-    pool = KVPool(base.model.args, PLACES, tokens, base.model.dtype, CPU, 16 if ahead else None)
+    pool = KVPool(base.model.args, PLACES, tokens, base.model.kv_dtype, CPU, 16 if ahead else None)
     slots = AdapterSlots(base.model.args, base.model.dtype, CPU, **how)
     info = EngineInfo("tiny", "CPU", "fp32", CONTEXT, VOCAB, 1, str(base.model.ops))
     return Engine(GraphRunner(base.model, pool, slots) if ahead else DirectRunner(base.model, pool, 1, slots), info)

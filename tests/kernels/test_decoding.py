@@ -26,10 +26,10 @@ def with_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(usual)
 
 
-def contiguous() -> PagedKV:
+def contiguous(dtype: torch.dtype = torch.float32) -> PagedKV:
     """A page for each sequence, in an order of their own, with one that is nobody's among them."""
     order = [(7 * row + 3) % (ROWS + 1) for row in range(ROWS)]
-    data = torch.zeros(ROWS + 1, 2, 2, HKV, CONTEXT, D)
+    data = torch.zeros(ROWS + 1, 2, 2, HKV, CONTEXT, D, dtype=dtype)
     for row, length in enumerate(LENGTHS):
         data[order[row], ..., :length, :] = torch.randn(2, 2, HKV, length, D)
     return PagedKV(data[:, 1, 0], data[:, 1, 1], torch.tensor(order, dtype=torch.int32)[:, None])
@@ -38,7 +38,7 @@ def contiguous() -> PagedKV:
 def paged(kv: PagedKV, page: int) -> PagedKV:
     """The same tokens in short pages; what no sequence covers is NaN."""
     needed = [-(-length // page) for length in LENGTHS]
-    k, v = (torch.full((sum(needed) + 1, HKV, page, D), torch.nan) for _ in range(2))
+    k, v = (torch.full((sum(needed) + 1, HKV, page, D), torch.nan, dtype=kv.k.dtype) for _ in range(2))
     table = torch.zeros((ROWS, max(needed)), dtype=torch.int32)
     numbers = iter((torch.randperm(sum(needed)) + 1).tolist())
     for row, length in enumerate(LENGTHS):
@@ -67,13 +67,16 @@ def step(request: pytest.FixtureRequest) -> Step:
     return run
 
 
-@pytest.mark.parametrize("page", [None, 16, 64])
+@pytest.mark.parametrize(
+    ("page", "dtype"),
+    [(None, torch.float32), (16, torch.float32), (64, torch.float32), (None, torch.bfloat16), (64, torch.bfloat16)],
+)
 def test_a_sequence_does_not_depend_on_the_others(
-    step: Step, page: int | None, with_threads: Callable[[int], None]
+    step: Step, page: int | None, dtype: torch.dtype, with_threads: Callable[[int], None]
 ) -> None:
     """Bit by bit, in any company, in any order and with any number of threads; also what is written."""
     torch.manual_seed(1)
-    kv = contiguous() if page is None else paged(contiguous(), page)
+    kv = contiguous(dtype) if page is None else paged(contiguous(dtype), page)
     with_threads(1)
     alone = torch.cat([step([row], kv) for row in range(ROWS)])
     written = kv.k.clone(), kv.v.clone()
@@ -96,6 +99,14 @@ def test_where_the_keys_lie_makes_no_difference(step: Step) -> None:
     assert apart.k.stride(-2) % D
     assert torch.equal(step(range(ROWS), apart), expected)
     assert torch.equal(apart.k, kv.k)
+
+
+def test_in_bf16_it_is_what_it_is_in_fp32_but_for_the_rounding(step: Step) -> None:
+    kv, everyone = contiguous(), list(range(ROWS))
+    short = PagedKV(kv.k.bfloat16(), kv.v.bfloat16(), kv.table)
+    found, expected = step(everyone, short), step(everyone, PagedKV(short.k.float(), short.v.float(), kv.table))
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("window", [None, 100, 600])

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mistral_nb_kernels import PagedKV, Rows
 from mistral_nb_kernels import reference as ops
 from mistral_nb_kernels.packed import Int8, Int8Cpu, dequantize
 from mistral_nb_kernels.reference.attention import _shares_heads
@@ -52,6 +53,41 @@ def test_attention(n: int, t: int, hq: int, hkv: int, d: int, window: int | None
     k[:, t:], v[:, t:] = torch.nan, torch.nan
     k, v = k[:, :t], v[:, :t]
     assert relative(ops.attention(q, k, v, window), naive_attention(q, k, v, window)) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("page", [64, 16])
+def test_a_prompts_chunks_with_rounded_keys_and_values(page: int, window: int | None) -> None:
+    """A sequence of 40 tokens in two chunks, beside one in one chunk: a chunk's own are not rounded when it is attended
+    to, and those before it are.
+    """
+    n, d = 40, 16
+    q, k, v = (torch.randn(2 * n, heads, d) for heads in (6, 2, 2))
+    cos, sin = ops.rope_table(64, d, 1e4)
+    positions = torch.arange(n).repeat(2)
+    turned, own = ops.rope(q, cos[positions], sin[positions]), ops.rope(k, cos[positions], sin[positions])
+    table = torch.arange(2 * 64 // page, dtype=torch.int32).reshape(2, -1)
+    pages = (torch.full((2 * 64 // page, 2, page, d), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+    kv = PagedKV(*pages, table)
+    for counts, lengths in (((24, 40), (24, 40)), ((16, 0), (40, 0))):
+        rows = Rows.of(counts, lengths)
+        mine = [int(sequence * n + position) for sequence, position in zip(rows.sequences, rows.positions, strict=True)]
+        got = ops.rope_prefill_attention(q[mine], k[mine], v[mine], cos, sin, rows, kv, window)
+        for sequence, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            seen = slice(sequence * n, sequence * n + length)
+            keys, values = (x[seen].bfloat16().float() for x in (own, v))
+            keys[length - count :], values[length - count :] = own[seen][length - count :], v[seen][length - count :]
+            newest = slice(seen.stop - count, seen.stop)
+            expected = naive_attention(turned[newest], keys.transpose(0, 1), values.transpose(0, 1), window)
+            found = got[rows.starts[sequence] : rows.starts[sequence + 1]]
+            torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    for sequence in range(2):
+        for written, x in zip(kv.of(sequence, n), (own, v), strict=True):
+            assert torch.equal(written, x[sequence * n : (sequence + 1) * n].bfloat16().transpose(0, 1))
+    wide = PagedKV(*(torch.zeros(kv.k.shape) for _ in range(2)), table)
+    rows = Rows.of((n, n), (n, n))
+    expected = ops.prefill_attention(ops.rope_write(q, k, v, cos, sin, rows, wide), rows, wide, window)
+    torch.testing.assert_close(ops.rope_prefill_attention(q, k, v, cos, sin, rows, kv, window), expected)
 
 
 @pytest.mark.parametrize(("n", "t"), [(7, 7), (3, 10)])

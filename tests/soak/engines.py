@@ -44,7 +44,7 @@ def paged(model: Transformer, like: Engine, context: int, places: int, chunk: in
     """With pages for one full context, and with adapters for half of its places: those that grow push each other out,
     and some wait for a slot.
     """
-    pool = KVPool(model.args, places, context, model.dtype, model.device, PAGE)
+    pool = KVPool(model.args, places, context, model.kv_dtype, model.device, PAGE)
     runner = Pausing(model, pool, AdapterSlots(model.args, model.dtype, model.device, slots=places // 2))
     runner.chunk = chunk
     with mock.patch.object(scheduler, "MARGIN", PAGE // 4):

@@ -47,7 +47,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Eng
     weights = load_weights(checkpoint, "int8", CPU)
     transformer = Transformer(args, weights, choose(CPU, args.head_dim, weights.tok_embeddings.dtype))
     slots = AdapterSlots(args, transformer.dtype, CPU, slots=PLACES // 2)
-    runner = DirectRunner(transformer, KVPool(args, PLACES, PLACES * CONTEXT, transformer.dtype, CPU), 1, slots)
+    runner = DirectRunner(transformer, KVPool(args, PLACES, PLACES * CONTEXT, transformer.kv_dtype, CPU), 1, slots)
     runner.chunk = CHUNK
     direct = Engine(runner, EngineInfo("tiny", "CPU", "int8", CONTEXT, VOCAB, 1, str(transformer.ops)))
     with paged(transformer, direct, 192, PLACES, CHUNK) as few:

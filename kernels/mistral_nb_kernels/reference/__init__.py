@@ -11,6 +11,7 @@ from mistral_nb_kernels.reference.attention import (
     attention,
     prefill_attention,
     rope,
+    rope_prefill_attention,
     rope_table,
     rope_write,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_decode_attention",
+    "rope_prefill_attention",
     "rope_table",
     "rope_write",
     "sample",

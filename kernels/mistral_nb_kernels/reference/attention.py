@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "prefill_attention",
     "rope",
+    "rope_prefill_attention",
     "rope_table",
     "rope_write",
 ]
@@ -126,15 +127,9 @@ def rope_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: 
 
     Of a padding row nothing is written, and its queries come back undefined.
     """
-    positions = rows.positions.long()
-    angles = positions.clamp_min(0)
-    turned = rope(k, cos[angles], sin[angles])
-    real = positions >= 0
-    sequences, positions = rows.sequences[real].long(), positions[real]
-    pages, offsets = kv.table[sequences, positions // kv.page].long(), positions % kv.page
-    kv.k[pages, :, offsets] = turned[real]
-    kv.v[pages, :, offsets] = v[real]
-    return rope(q, cos[angles], sin[angles])
+    q, k = (_turned(heads, cos, sin, rows) for heads in (q, k))
+    _write(k, v, rows, kv)
+    return q
 
 
 def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = None) -> Tensor:
@@ -150,3 +145,42 @@ def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = N
         if mine.stop > mine.start:
             out[mine] = attention(q[mine], *kv.of(sequence, length), window)
     return out
+
+
+def rope_prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: PagedKV, window: int | None = None
+) -> Tensor:
+    """`rope_write`, then `prefill_attention`, where pages may be of another type than q, k and v.
+
+    Each sequence's rows are attended to as they are, and what came before them as the pages have it.
+    """
+    q, k = (_turned(heads, cos, sin, rows) for heads in (q, k))
+    _write(k, v, rows, kv)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    bounds = rows.starts.tolist()
+    for sequence, length in enumerate(rows.lengths.tolist()):
+        mine = slice(bounds[sequence], bounds[sequence + 1])
+        if mine.stop > mine.start:
+            before = kv.of(sequence, length - mine.stop + mine.start)
+            keys, values = (
+                torch.cat((in_type(past, q.dtype), own[mine].transpose(0, 1)), 1)
+                for past, own in zip(before, (k, v), strict=True)
+            )
+            out[mine] = attention(q[mine], keys, values, window)
+    return out
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, rows: Rows) -> Tensor:
+    """`rope` of heads [n, heads, d] by the angles of their rows; any where a row is padding."""
+    angles = rows.positions.long().clamp_min(0)
+    return rope(heads, cos[angles], sin[angles])
+
+
+def _write(k: Tensor, v: Tensor, rows: Rows, kv: PagedKV) -> None:
+    """k, rotated, and v [n, hkv, d] to the pages, in their type."""
+    positions = rows.positions.long()
+    real = positions >= 0
+    sequences, positions = rows.sequences[real].long(), positions[real]
+    pages, offsets = kv.table[sequences, positions // kv.page].long(), positions % kv.page
+    kv.k[pages, :, offsets] = in_type(k[real], kv.k.dtype)
+    kv.v[pages, :, offsets] = in_type(v[real], kv.v.dtype)

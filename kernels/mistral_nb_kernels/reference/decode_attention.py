@@ -2,7 +2,7 @@
 
 How many keys a sum is over decides the order in which it is made. So a sequence's keys are padded to a number that its
 own length gives, and sequences of one such number are read together: what each gets is the same to the bit, on the CPU
-with activations in fp32, whatever else is in the batch.
+with keys and values in fp32 or bf16, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -83,19 +83,19 @@ class Decoding:
     def attend(self, heads: Tensor, kv: PagedKV) -> Tensor:
         """Of one layer: heads [batch, hq + 2 hkv, d], the queries, keys and values, un-rotated -> [batch, hq, d].
 
-        The keys, rotated, and the values go to the pages.
+        The keys, rotated, and the values go to the pages, in whose type the sums are made.
         """
         assert self._angles is not None
         hkv, (cos, sin) = kv.n_kv_heads, self._angles
-        turning, values = heads[:, :-hkv], heads[:, -hkv:]
+        turning, values = heads[:, :-hkv], in_type(heads[:, -hkv:], kv.v.dtype)
         first, second = turning.chunk(2, dim=-1)
-        turned = in_type((turning * cos).addcmul_(torch.cat((second, first), dim=-1), sin), heads.dtype)
+        turned = in_type((turning * cos).addcmul_(torch.cat((second, first), dim=-1), sin), kv.k.dtype)
         queries, keys = turned[:, :-hkv], turned[:, -hkv:]
         if self._rows is not None:
             keys, values = keys[self._rows], values[self._rows]
         self._write(keys, kv.k)
         self._write(values, kv.v)
-        return self.read(queries, kv)
+        return in_type(self.read(queries, kv), heads.dtype)
 
     def _write(self, heads: Tensor, to: Tensor) -> None:
         """One vector [d] for each sequence that has a row, and each head, to the pages `to`."""
@@ -111,7 +111,7 @@ class Decoding:
         """`decode_attention` of q [batch, hq, d], rotated, its keys written -> [batch, hq, d]."""
         batch, hq, d = q.shape
         group = hq // kv.n_kv_heads
-        heads = q.reshape(batch, -1, group, d)
+        heads = in_type(q, kv.k.dtype).reshape(batch, -1, group, d)
         if group % ROWS:
             heads = F.pad(heads, (0, 0, 0, -group % ROWS))
         if len(self._together) == 1 and self._together[0].rows is None:
@@ -120,7 +120,7 @@ class Decoding:
             out = torch.zeros_like(heads)
             for part in self._together:
                 out[part.rows] = _attention(heads[part.rows], part, kv)
-        return out[:, :, :group].reshape(batch, hq, d)
+        return in_type(out[:, :, :group].reshape(batch, hq, d), q.dtype)
 
 
 def decode_attention(q: Tensor, lengths: Tensor, kv: PagedKV, window: int | None = None) -> Tensor:
