@@ -87,17 +87,18 @@ def estimate(args: ModelArgs, precision: Precision, context: int, device: Device
     """What the engine will take with a context of so many tokens.
 
     Weights and KV are exact. The workspace is the RoPE table and what a prompt's chunk, of 128 tokens on the CPU and
-    2048 on a GPU, has at its widest: activations, and on the CPU the attention mask. On top, 40 MB are assumed for what
-    the libraries keep (18 to 30 MB with the embedded model, by precision), and on a GPU 300 MB for cuBLAS, captured
-    graphs and matrices that are unpacked for a prompt.
+    512 on a GPU, has at its widest: activations, and on the CPU the attention mask and what of a layer's KV is not in
+    the activations' type already. On top, 40 MB are assumed for what the libraries keep (18 to 30 MB with the embedded
+    model, by precision), and on a GPU 300 MB for cuBLAS, captured graphs and matrices that are unpacked for a prompt.
     """
     size = _SIZES.get(precision, _PACKED[device])
-    short = precision not in _SIZES and (device == "cuda" or short_kv(args))
-    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * (2 if short else size)
+    token = 2 * args.n_kv_heads * args.head_dim
+    short = device == "cpu" and precision not in _SIZES and short_kv(args)
+    kv = args.n_layers * token * context * (2 if short else size)
     workspace = _LIBRARIES[device] + _activations(args, CHUNKS[device], size) + 2 * context * args.head_dim * 4
     if device == "cpu":
         seen = context if args.sliding_window is None else min(context, args.sliding_window + CHUNKS[device])
-        workspace += CHUNKS[device] * seen * _MASK
+        workspace += CHUNKS[device] * seen * _MASK + (token * seen * size if short else 0)
     return Estimate(_weights(args, precision, device), kv, workspace)
 
 

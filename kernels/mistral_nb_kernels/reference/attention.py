@@ -150,9 +150,9 @@ def prefill_attention(q: Tensor, rows: Rows, kv: PagedKV, window: int | None = N
 def rope_prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: PagedKV, window: int | None = None
 ) -> Tensor:
-    """`rope_write`, then `prefill_attention`, where pages may be of another type than q, k and v.
+    """`rope_write`, then `prefill_attention`, where pages are of a shorter type than q, k and v.
 
-    Each sequence's rows are attended to as they are, and what came before them as the pages have it.
+    Each sequence's rows are attended to as they are, and what came before them, which is copied, as the pages have it.
     """
     q, k = (_turned(heads, cos, sin, rows) for heads in (q, k))
     _write(k, v, rows, kv)
@@ -161,10 +161,11 @@ def rope_prefill_attention(
     for sequence, length in enumerate(rows.lengths.tolist()):
         mine = slice(bounds[sequence], bounds[sequence + 1])
         if mine.stop > mine.start:
-            before = kv.of(sequence, length - mine.stop + mine.start)
+            before = length - mine.stop + mine.start
+            first = max(0, before - window) if window else 0
             keys, values = (
-                torch.cat((in_type(past, q.dtype), own[mine].transpose(0, 1)), 1)
-                for past, own in zip(before, (k, v), strict=True)
+                torch.cat((past[:, first:], own[mine].transpose(0, 1)), dim=1)
+                for past, own in zip(kv.of(sequence, before), (k, v), strict=True)
             )
             out[mine] = attention(q[mine], keys, values, window)
     return out
